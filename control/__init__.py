@@ -1,0 +1,1 @@
+"""The control plane: speaks SIP, decides, and programs the data plane."""

@@ -1,0 +1,1 @@
+"""What this PBX decides, as pure machines over control.sip."""

@@ -1,0 +1,151 @@
+"""What is known of a call: how it ended, and the record that is kept of it.
+
+One `Termination` feeds the CDR, the metric, the log line and every event, so that all of them tell the same story.
+Both sets are closed: a new value is a change of the documented interface (docs/operations.md lists them).
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import NewType
+
+CallId = NewType("CallId", str)
+
+
+class LegName(StrEnum):
+    """The two sides of a call."""
+
+    CALLER = "caller"
+    CALLEE = "callee"
+
+    @property
+    def opposite(self) -> "LegName":
+        """The other side."""
+        return LegName.CALLEE if self is LegName.CALLER else LegName.CALLER
+
+
+class CallDirection(StrEnum):
+    """Where a call comes from and goes to, seen from this PBX."""
+
+    INTERNAL = "internal"
+    INBOUND = "inbound"
+    OUTBOUND = "outbound"
+
+
+class Result(StrEnum):
+    """The outcome of a call in one word."""
+
+    ANSWERED = "answered"
+    BUSY = "busy"
+    NO_ANSWER = "no_answer"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    FAILED = "failed"
+
+
+class Reason(StrEnum):
+    """Why a call ended or was not set up."""
+
+    HANGUP = "hangup"
+    CALLER_CANCELLED = "caller-cancelled"
+    CALLEE_BUSY = "callee-busy"
+    CALLEE_DECLINED = "callee-declined"
+    CALLEE_UNAVAILABLE = "callee-unavailable"
+    CALLEE_REJECTED = "callee-rejected"
+    CALLEE_UNREACHABLE = "callee-unreachable"
+    RING_TIMEOUT = "ring-timeout"
+    UNKNOWN_NUMBER = "unknown-number"
+    NOT_REGISTERED = "not-registered"
+    WRONG_CREDENTIALS = "wrong-credentials"
+    NOT_ALLOWED = "not-allowed"
+    CALL_LIMIT = "call-limit"
+    RATE_LIMIT = "rate-limit"
+    DRAINING = "draining"
+    PORTS_EXHAUSTED = "ports-exhausted"
+    MEDIA_UNAVAILABLE = "media-unavailable"
+    MEDIA_LOST = "media-lost"
+    BAD_OFFER = "bad-offer"
+    BAD_ANSWER = "bad-answer"
+    NO_COMMON_MEDIA = "no-common-media"
+    LOOP = "loop"
+    ACK_TIMEOUT = "ack-timeout"
+    DIALOG_LOST = "dialog-lost"
+    MAX_DURATION = "max-duration"
+    BAD_REQUEST = "bad-request"
+    INTERNAL_ERROR = "internal-error"
+
+
+@dataclass(frozen=True, slots=True)
+class Termination:
+    """How a call ended: one value for CDR, metric, log and events.
+
+    `sip_status` is the final status that the caller got to its INVITE, 200 for an answered call. `ended_by` is the side
+    whose action ended the call, None when it was the PBX. `detail` is for people: what was wrong and what nearly matched.
+    """
+
+    result: Result
+    reason: Reason
+    sip_status: int
+    ended_by: LegName | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """What arrived from one far end on one line, as the data plane counted it (RFC 3550 section 6.4)."""
+
+    leg: LegName
+    line: int
+    kind: str
+    packets: int
+    octets: int
+    lost: int
+    reordered: int
+    jitter_ms: float | None
+    rtcp_packets: int
+    relayed_packets: int
+    dropped_packets: int
+    first_packet_at: datetime | None
+    last_packet_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class LegRecord:
+    """One side of a call: its dialog and its parties, as they stood on the wire.
+
+    `remote` is the far end's signalling address, "host:port".
+    """
+
+    name: LegName
+    sip_call_id: str
+    from_uri: str
+    to_uri: str
+    remote: str
+    trunk: str | None = None
+    user: str | None = None
+    user_agent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """The call detail record: exactly one for each call and for each refused INVITE.
+
+    Times are UTC. `ringing_at` and `answered_at` are None when it did not come to that. `duration_s` counts from the answer,
+    `setup_s` from the INVITE to the answer or the end. `media_complete` is False when the data plane could not be asked for
+    its final statistics.
+    """
+
+    call_id: CallId
+    direction: CallDirection
+    caller: str
+    callee: str
+    invited_at: datetime
+    ringing_at: datetime | None
+    answered_at: datetime | None
+    ended_at: datetime
+    setup_s: float
+    duration_s: float
+    termination: Termination
+    legs: tuple[LegRecord, ...]
+    streams: tuple[StreamRecord, ...] = ()
+    media_complete: bool = True
