@@ -149,3 +149,27 @@ class CallRecord:
     legs: tuple[LegRecord, ...]
     streams: tuple[StreamRecord, ...] = ()
     media_complete: bool = True
+
+
+class CallEventKind(StrEnum):
+    """What can happen to a call, as its observers hear it, in this order; `ENDED` comes exactly once."""
+
+    STARTED = "call.started"
+    FORWARDED = "call.forwarded"
+    RINGING = "call.ringing"
+    ANSWERED = "call.answered"
+    ENDED = "call.ended"
+
+
+@dataclass(frozen=True, slots=True)
+class CallEvent:
+    """Something happened to a call. `elapsed_s` counts from the INVITE; `record` is there with `ENDED` alone."""
+
+    kind: CallEventKind
+    call_id: CallId
+    at: datetime
+    direction: CallDirection
+    caller: str
+    callee: str
+    elapsed_s: float
+    record: CallRecord | None = None
