@@ -1,0 +1,1 @@
+"""The contract by which the control plane programs the data plane."""
