@@ -1,0 +1,1 @@
+"""What tests stand on: phones, wires, generators, a running pair."""
