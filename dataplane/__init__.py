@@ -1,1 +1,1 @@
-"""The data plane: relays RTP between the addresses that the control plane names."""
+"""The data plane: relays RTP and RTCP between the legs of calls, as the control plane wants it over sippbx.media.v1."""

@@ -1,0 +1,1 @@
+"""Relay engines: strategies behind one protocol that carry packets for relay plans."""

@@ -1,0 +1,1 @@
+"""MediaService: the sessions that there are, who owns them, and the gRPC contract in front."""
