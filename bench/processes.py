@@ -1,5 +1,6 @@
 """What a tree of processes uses, from /proc: CPU time, memory, descriptors."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ def usage(pids: Sequence[int]) -> Usage:
         cpu_ticks += int(fields[11]) + int(fields[12])
         threads += int(fields[17])
         rss_pages += int(fields[21])
-        pss_bytes += _pss_bytes(pid)
-        descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+        with contextlib.suppress(OSError):
+            pss_bytes += _pss_bytes(pid)
+            descriptors += sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
     return Usage(processes, cpu_ticks / _TICKS_PER_S, rss_pages * _PAGE_BYTES, pss_bytes, descriptors, threads)
 
 
