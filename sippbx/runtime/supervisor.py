@@ -8,7 +8,7 @@ and gives up after N restarts within S seconds, so that the orchestrator sees a 
 Sockets inherited by the LISTEN_FDS convention stay open here and are given to each child in turn: datagrams that arrive
 while there is none wait in the socket. SIGTERM, SIGINT and SIGHUP are forwarded. After SIGTERM or SIGINT nothing is
 restarted any more; a second one kills the child. The child leads a process group of its own, so a terminal's Ctrl-C
-reaches it once, from here; it is killed when the supervisor dies, and what it leaves in its group is killed when it dies.
+reaches it once, from here. It is killed when the supervisor dies, and what it leaves in its group when it dies itself.
 Orphans are reaped.
 
 Exit codes:
@@ -163,7 +163,7 @@ class Supervisor:
 
     def _log(self, level: str, event: str, **values: str | int | bool | None) -> None:
         timestamp = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        line = {"timestamp": timestamp, "level": level, "event": event, "supervised": self._name, **values}
+        line = {"timestamp": timestamp, "level": level, "event": event, "plane": self._name, **values}
         os.write(2, (json.dumps(line) + "\n").encode())
 
 

@@ -111,7 +111,7 @@ def test_supervisor_gives_up_after_its_cap_and_says_so(start: Start) -> None:
     assert supervised.wait() == 70
     assert len(supervised.events("supervisor.child_started")) == 4
     last = json.loads(supervised.err.read_text().splitlines()[-1])
-    assert (last["event"], last["level"], last["supervised"]) == ("supervisor.gave_up", "error", "test")
+    assert (last["event"], last["level"], last["plane"]) == ("supervisor.gave_up", "error", "test")
 
 
 @pytest.mark.parametrize("code", [0, 2])
