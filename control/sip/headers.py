@@ -375,7 +375,8 @@ class RAck:
     """A RAck value: the RSeq and CSeq of the provisional response that a PRACK acknowledges (RFC 3262 section 7.2)."""
 
     rseq: int
-    cseq: CSeq
+    cseq: int
+    method: str
 
     @classmethod
     def parse(cls, text: str) -> RAck:
@@ -388,7 +389,8 @@ class RAck:
         rseq = parse_decimal(parts[0], 2**32 - 1) if len(parts) == 2 else None
         if not rseq:
             raise RemoteProtocolError(400, "malformed response number", "RAck")
-        return cls(rseq, CSeq.parse(parts[1]))
+        cseq = CSeq.parse(parts[1])
+        return cls(rseq, cseq.number, cseq.method)
 
     def __str__(self) -> str:
-        return f"{self.rseq} {self.cseq}"
+        return f"{self.rseq} {self.cseq} {self.method}"

@@ -172,7 +172,9 @@ class Headers:
 
     __slots__ = ("_parsed", "_spelling", "_values")
 
-    def __init__(self, items: Iterator[tuple[str, str]] | list[tuple[str, str]] | tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self, items: Iterator[tuple[str, str]] | list[tuple[str, str]] | tuple[tuple[str, str], ...] = ()
+    ) -> None:
         self._values: dict[str, list[str]] = {}
         self._spelling: dict[str, str] = {}
         self._parsed: dict[str, Any] = {}
