@@ -1,4 +1,4 @@
-"""What a tree of processes uses, from /proc: CPU time, memory, descriptors."""
+"""What processes use, from /proc: CPU time, memory, descriptors."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Sums over the processes of a tree. `pss_bytes` divides shared pages among those who share them."""
+    """Sums over some processes. `pss_bytes` divides shared pages among those who share them."""
 
     processes: int
     cpu_s: float
@@ -20,18 +20,6 @@ class Usage:
     pss_bytes: int
     descriptors: int
     threads: int
-
-
-def tree(root: int) -> list[int]:
-    """The process `root` and all its living descendants."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and (fields := _stat(int(entry.name))):
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found = [root]
-    for pid in found:
-        found.extend(children.get(pid, ()))
-    return found
 
 
 def usage(pids: Sequence[int]) -> Usage:
@@ -57,6 +45,13 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     except OSError:
         return ""
+
+
+def machine_busy_s() -> float:
+    """CPU time that all processes and the kernel have used since the machine started, all cores together."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / _TICKS_PER_S
 
 
 def _stat(pid: int) -> list[str]:

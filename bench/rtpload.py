@@ -30,7 +30,7 @@ SLOT_S = 0.001
 PAYLOAD_BYTES = 160
 SAMPLES_PER_PACKET = 160
 DRAIN_S = 0.5
-START_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 10.0
 MAX_MISSING_LISTED = 50
 NS = 1_000_000_000
 
@@ -113,6 +113,7 @@ class RtpLoad:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
+        self._one_at_a_time = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         self._process = await asyncio.create_subprocess_exec(
@@ -139,21 +140,26 @@ class RtpLoad:
         assert self._process is not None
         return self._process.pid
 
-    async def add(self, pairs: Sequence[Pair]) -> None:
-        """Bind the sockets of these pairs, then let their streams run.
+    async def add(self, pairs: Sequence[Pair]) -> list[int]:
+        """Bind the sockets of these pairs, then let their streams run; returns the numbers of the pairs.
 
         Raises:
             RuntimeError: an address cannot be bound.
         """
-        await self._ask({"do": "add", "pairs": [asdict(pair) for pair in pairs]})
+        answer = await self._ask({"do": "add", "pairs": [asdict(pair) for pair in pairs]})
+        return [int(number) for number in answer["numbers"]]
+
+    async def silence(self, numbers: Sequence[int]) -> None:
+        """Stop the streams of these pairs; what is under way is still received."""
+        await self._ask({"do": "silence", "numbers": list(numbers)})
+
+    async def close(self, numbers: Sequence[int]) -> None:
+        """Close the sockets of these pairs, which have been silenced; the report keeps what they have seen."""
+        await self._ask({"do": "close", "numbers": list(numbers)})
 
     async def measure(self) -> None:
         """Forget the delays measured so far: the window of interest begins. Loss counts from each stream's start."""
         await self._ask({"do": "measure"})
-
-    async def hush(self) -> None:
-        """Stop sending, and wait until what is under way has arrived."""
-        await self._ask({"do": "hush"})
 
     async def finish(self) -> RtpReport:
         """Stop sending, wait for what is under way, and report."""
@@ -166,8 +172,8 @@ class RtpLoad:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command).encode() + b"\n")
-        async with asyncio.timeout(START_TIMEOUT_S):
+        async with asyncio.timeout(ANSWER_TIMEOUT_S), self._one_at_a_time:
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
             line = await self._process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the generator ended"}
         if "error" in answer:
@@ -315,12 +321,17 @@ class _Generator:
     def _carry_out(self, command: dict[str, Any]) -> dict[str, Any]:
         match command["do"]:
             case "add":
-                for row in command["pairs"]:
-                    self._add(_pair(row))
+                return {"numbers": [self._add(_pair(row)) for row in command["pairs"]]}
+            case "silence":
+                silent = {end for number in command["numbers"] for end in self._pair_ends(number)}
+                self._slots = [[end for end in slot if end not in silent] for slot in self._slots]
+            case "close":
+                for number in command["numbers"]:
+                    for end in self._pair_ends(number):
+                        del self._by_descriptor[end.socket.fileno()]
+                        end.socket.close()
             case "measure":
                 self._relayed, self._direct = array("q"), array("q")
-            case "hush":
-                self._drain()
             case "finish":
                 self._drain()
                 return self._report()
@@ -328,7 +339,10 @@ class _Generator:
                 pass
         return {}
 
-    def _add(self, pair: Pair) -> None:
+    def _pair_ends(self, number: int) -> list[_End]:
+        return self._ends[2 * number : 2 * number + 2]
+
+    def _add(self, pair: Pair) -> int:
         number = len(self._ends)
         a = _End(number, number + 1, local=pair.a_local, remote=pair.a_remote, direct=pair.direct)
         b = _End(number + 1, number, local=pair.b_local, remote=pair.b_remote, direct=pair.direct)
@@ -337,6 +351,7 @@ class _Generator:
             self._by_descriptor[end.socket.fileno()] = end
             self._epoll.register(end.socket.fileno(), select.EPOLLIN)
             min(self._slots, key=len).append(end)
+        return number // 2
 
     def _drain(self) -> None:
         self._hushed = True

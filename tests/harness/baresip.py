@@ -33,8 +33,8 @@ class BaresipPhone:
     """One phone: an async context manager that runs the program and ends it.
 
     `folder` takes its configuration, its log (`baresip.log`) and its recordings. `account` is a SIP URI with parameters
-    of the account, such as `<sip:1001@127.0.0.1:5060>;auth_pass=secret;regint=60`. The phone lives on 127.0.0.1 and takes
-    `sip_port` and the one above it (which it opens for TLS). `microphone` is a WAV file, 8000 Hz, mono, 16 bits.
+    of the account, such as `<sip:1001@127.0.0.1:5060>;auth_pass=secret;regint=60`. The phone lives on 127.0.0.1 and
+    takes `sip_port` and the one above it (which it opens for TLS). `microphone` is a WAV file, 8000 Hz, mono, 16 bits.
     """
 
     def __init__(
