@@ -131,18 +131,21 @@ def _from_environment(
     overrides: dict[Location, _Override] = {}
     unknown: list[str] = []
     for variable in sorted(name for name in environ if name.startswith(prefix)):
-        location: Location = tuple(variable.removeprefix(prefix).lower().split("__"))
+        location = tuple(variable.removeprefix(prefix).lower().split("__"))
         model: type[BaseModel] | None = root
         annotation: object = root
         for depth, key in enumerate(location):
             fields = _fields(model) if get_origin(annotation) is not tuple else {}
             if key not in fields:
-                choices = f"; {nearest_of(str(key), set(fields))}" if fields else "; a list is set as a whole"
+                if get_origin(annotation) is tuple:
+                    choices = "a list is set as a whole"
+                else:
+                    choices = nearest_of(key, set(fields)) if fields else f"{path_of(location[:depth])!r} has no keys"
                 unknown.append(
-                    f"{path_of(location[: depth + 1])}: unknown key in the environment variable {variable}{choices}"
+                    f"{path_of(location[: depth + 1])}: unknown key in the environment variable {variable}; {choices}"
                 )
                 break
-            annotation = fields[str(key)].annotation
+            annotation = fields[key].annotation
             model = _model_in(annotation)
         else:
             structured = model is not None or get_origin(annotation) is tuple
