@@ -231,8 +231,8 @@ def _figures(
         direct_p50_ms=direct.p50_us / 1000,
         direct_p99_ms=direct.p99_us / 1000,
         direct_p999_ms=direct.p999_us / 1000,
-        forwarded_p50_ms=_quantile(forwarded_ms, 0.5),
-        forwarded_p99_ms=_quantile(forwarded_ms, 0.99),
+        forwarded_p50_ms=percentile(forwarded_ms, 0.5),
+        forwarded_p99_ms=percentile(forwarded_ms, 0.99),
         histogram_p50_ms=histogram_ms[0],
         histogram_p99_ms=histogram_ms[1],
         planes_cpu_percent=100 * window.planes_cpu_s / window.seconds,
@@ -244,7 +244,8 @@ def _figures(
     )
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, NaN where there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else float("nan")
 
