@@ -39,8 +39,22 @@ MAGIC_COOKIE: Final = "z9hG4bK"
 DEFAULT_PORT: Final = 5060
 OTHER_METHOD: Final = "OTHER"
 METHODS: Final = frozenset(
-    ("INVITE", "ACK", "BYE", "CANCEL", "REGISTER", "OPTIONS", "PRACK", "UPDATE")
-    + ("INFO", "REFER", "SUBSCRIBE", "NOTIFY", "MESSAGE", "PUBLISH")
+    {
+        "INVITE",
+        "ACK",
+        "BYE",
+        "CANCEL",
+        "REGISTER",
+        "OPTIONS",
+        "PRACK",
+        "UPDATE",
+        "INFO",
+        "REFER",
+        "SUBSCRIBE",
+        "NOTIFY",
+        "MESSAGE",
+        "PUBLISH",
+    }
 )
 # Requests that end here whatever hops they have left; section 11 has OPTIONS with none answered by whom it reached.
 _NEVER_FORWARDED: Final = frozenset(("OPTIONS", "REGISTER"))

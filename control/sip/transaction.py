@@ -88,7 +88,7 @@ class Restart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Timers:
-    """Base values in seconds (RFC 3261 table 4): round-trip estimate, longest interval, life of a message in the network.
+    """Base values in seconds (RFC 3261 table 4): round trip, longest interval, life of a message in the network.
 
     Timer D is 64*T1 like its server's timer H, which is the 32 s of section 17.1.1.2 for the default T1.
     """
@@ -118,7 +118,7 @@ class Row(NamedTuple):
     restart: Restart | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Machine:
     """A kind of transaction: its table and the timers which start when a state is entered from another one.
 
