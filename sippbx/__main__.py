@@ -1,0 +1,5 @@
+"""`python -m sippbx` is `sippbx`."""
+
+from sippbx.cli import main
+
+main()

@@ -1,0 +1,76 @@
+"""What a pair needs before it is started."""
+
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sippbx.pair import PairDescription, PairError, describe, own_address, passwords_in
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> PairDescription:
+    return describe("127.0.0.1", 24060, 24090, (24200, 24399), tmp_path / "run")
+
+
+def test_passwords_are_made_once_and_kept(tmp_path: Path) -> None:
+    first = passwords_in(tmp_path / "run")
+    assert set(first) == {"1001", "1002"}
+    assert first["1001"] != first["1002"]
+    assert passwords_in(tmp_path / "run") == first
+    assert passwords_in(tmp_path / "other") != first
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "nonsense", '{"1001": "a"}'])
+def test_password_file_that_does_not_fit_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "passwords.json").write_text(content)
+    with pytest.raises(PairError, match=r"passwords\.json"):
+        passwords_in(tmp_path)
+
+
+def test_description_is_read_back_as_it_was_written(pair: PairDescription) -> None:
+    pair.write()
+    assert PairDescription.read(pair.folder) == pair
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"rtp_range": 5}'])
+def test_folder_without_a_running_pair_has_no_description(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "pair.json").write_text(content)
+    assert PairDescription.read(tmp_path) is None
+
+
+def test_nobody_else_may_read_the_passwords(pair: PairDescription) -> None:
+    pair.write()
+    for name in ("control.yaml", "dataplane.yaml", "pair.json", "passwords.json"):
+        assert stat.S_IMODE((pair.folder / name).stat().st_mode) == 0o600, name
+
+
+def test_both_planes_are_given_the_same_media_socket(pair: PairDescription) -> None:
+    pair.write()
+    control = yaml.safe_load((pair.folder / "control.yaml").read_text())
+    dataplane = yaml.safe_load((pair.folder / "dataplane.yaml").read_text())
+    assert control["media"]["target"] == dataplane["grpc"]["listen"]
+    assert control["metrics"]["port"] + 1 == dataplane["metrics"]["port"]
+
+
+def test_folder_too_deep_for_a_unix_socket_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PairError, match="--data"):
+        describe("127.0.0.1", 5060, 9090, (10000, 20000), tmp_path / ("x" * 120))
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PairError, match="--data"):
+        describe("127.0.0.1", 5060, 9090, (10000, 20000), tmp_path / "file")
+
+
+def test_sip_host_names_the_port_unless_it_is_the_usual_one(tmp_path: Path) -> None:
+    assert describe("192.0.2.7", 5060, 9090, (10000, 20000), tmp_path).sip_host == "192.0.2.7"
+    assert describe("192.0.2.7", 5070, 9090, (10000, 20000), tmp_path).sip_host == "192.0.2.7:5070"
+    assert describe("2001:db8::7", 5070, 9090, (10000, 20000), tmp_path).sip_host == "[2001:db8::7]:5070"
+
+
+def test_own_address_is_one_of_this_machine() -> None:
+    assert own_address() not in {"", "0.0.0.0"}
