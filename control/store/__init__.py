@@ -1,0 +1,1 @@
+"""What outlives a call: one SQLite file with one writer."""

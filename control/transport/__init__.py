@@ -1,0 +1,1 @@
+"""Sockets under SIP: they carry bytes along flows and hold no rules."""
