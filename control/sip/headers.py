@@ -9,7 +9,6 @@ Left out: comparison of URIs (section 19.1.4) and the comments of RFC 2543 in Vi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 from urllib.parse import unquote
@@ -18,6 +17,9 @@ from control.sip.errors import RemoteProtocolError
 
 Params = tuple[tuple[str, str | None], ...]
 
+METHODS: Final = frozenset(
+    "INVITE ACK BYE CANCEL OPTIONS REGISTER PRACK UPDATE INFO REFER SUBSCRIBE NOTIFY MESSAGE PUBLISH".split()  # noqa: SIM905
+)
 MAX_CSEQ: Final = 2**31 - 1
 MAX_PORT: Final = 65535
 
@@ -45,10 +47,8 @@ def is_token(text: str) -> bool:
 
 def parse_decimal(text: str, maximum: int) -> int | None:
     """The value of 1*DIGIT up to `maximum`, or None for anything else; safe for digits of any number and script."""
-    if len(text) <= 20 and text.isascii() and text.isdigit():
-        value = int(text)
-        if value <= maximum:
-            return value
+    if text.isdigit() and text.isascii() and len(text) <= 20 and (value := int(text)) <= maximum:
+        return value
     return None
 
 
@@ -70,32 +70,33 @@ def split_commas(text: str) -> list[str]:
 
     Elements are stripped of white space, empty ones are dropped.
     """
-    return list(_split(text, ","))
+    return [element for part in _split(text, ",") if (element := part.strip(_WSP))]
 
 
 def parse_params(text: str) -> Params:
     """The parameters in `;name=value;flag`, in order; a leading semicolon is optional, quoted values stay quoted.
 
     Raises:
-        RemoteProtocolError: a parameter has no name.
+        RemoteProtocolError: 400, a parameter has no name.
     """
-    params = []
+    params: list[tuple[str, str | None]] = []
     for part in _split(text, ";"):
         name, equals, value = part.partition("=")
-        if equals:
-            name, value = name.rstrip(_WSP), value.lstrip(_WSP)
-        if not name:
+        name = name.strip(_WSP)
+        if name:
+            params.append((name, value.strip(_WSP) if equals else None))
+        elif equals:
             raise RemoteProtocolError(400, "parameter without a name")
-        params.append((name, value if equals else None))
     return tuple(params)
 
 
-def _split(text: str, separator: str) -> Iterator[str]:
+def _split(text: str, separator: str) -> list[str]:
+    """`text` cut at each separator outside quoted strings and angle brackets; one pass, whatever a peer sends."""
+    if separator not in text:
+        return [text]
     if '"' not in text and "<" not in text:
-        for part in text.split(separator):
-            if part := part.strip(_WSP):
-                yield part
-        return
+        return text.split(separator)
+    parts = []
     start = 0
     escaped_at = -1
     closing = ""
@@ -112,11 +113,10 @@ def _split(text: str, separator: str) -> Iterator[str]:
         elif character == "<":
             closing = ">"
         elif character == separator:
-            if part := text[start:at].strip(_WSP):
-                yield part
+            parts.append(text[start:at])
             start = at + 1
-    if part := text[start:].strip(_WSP):
-        yield part
+    parts.append(text[start:])
+    return parts
 
 
 def _find_param(params: Params, name: str) -> str | None:
@@ -138,9 +138,7 @@ def _replace_param(params: Params, name: str, value: str | None) -> Params:
     return tuple(others)
 
 
-def _parse_port(text: str | None) -> int | None:
-    if text is None:
-        return None
+def _parse_port(text: str) -> int:
     port = int(text)
     if port > MAX_PORT:
         raise RemoteProtocolError(400, f"port {port} out of range")
@@ -155,8 +153,9 @@ def _bracketed(host: str) -> str:
 class Uri:
     """A URI (RFC 3261 section 19.1).
 
-    `host` of IPv6 is kept without brackets; `user`, `password`, `params` and `headers` are kept escaped, as on the wire.
-    A URI of another scheme than sip and sips (tel:, urn:, ...) has an empty host and its text after the colon in `opaque`.
+    `host` of IPv6 is kept without brackets; `user`, `password`, `params` and `headers` are kept escaped, as on the
+    wire. A URI of another scheme than sip and sips (tel:, urn:, ...) has an empty host and its text after the colon in
+    `opaque`.
     """
 
     scheme: str
@@ -235,39 +234,43 @@ class NameAddr:
 
     @classmethod
     def parse(cls, text: str) -> NameAddr:
-        """Read one name-addr or addr-spec with its header parameters.
+        """Read one name-addr or addr-spec with its header parameters, without white space around it.
 
         Raises:
             RemoteProtocolError: 400, `text` is neither.
         """
-        text = text.strip(_WSP)
         display_name = None
-        if text.startswith('"'):
+        if text[:1] == '"':
             match = _QUOTED.match(text)
             if match is None:
                 raise RemoteProtocolError(400, "unterminated quoted string")
-            display_name = unquote_string(match.group())
-            text = text[match.end() :].lstrip(_WSP)
-            if not text.startswith("<"):
+            display_name = match[1] if "\\" not in match[1] else _QUOTED_PAIR.sub(r"\1", match[1])
+            before, bracket, rest = text[match.end() :].partition("<")
+            if not bracket or before.strip(_WSP):
                 raise RemoteProtocolError(400, "display name without an address in angle brackets")
-        before, bracket, rest = text.partition("<")
-        if not bracket:
-            addr_spec, semicolon, tail = text.partition(";")
-            if "?" in addr_spec or "," in addr_spec:
-                raise RemoteProtocolError(400, "address with ? or comma needs angle brackets")
-            return cls(Uri.parse(addr_spec.rstrip(_WSP)), None, parse_params(tail) if semicolon else ())
-        if before:
-            display_name = before.rstrip(_WSP)
-            if '"' in display_name:
-                raise RemoteProtocolError(400, "stray quotation mark in display name")
+        else:
+            before, bracket, rest = text.partition("<")
+            if not bracket:
+                return cls._parse_addr_spec(text)
+            if before:
+                display_name = before.strip(_WSP) or None
+                if '"' in before:
+                    raise RemoteProtocolError(400, "stray quotation mark in display name")
         addr_spec, bracket, tail = rest.partition(">")
         if not bracket:
             raise RemoteProtocolError(400, "unterminated angle bracket")
-        if tail:
-            tail = tail.lstrip(_WSP)
+        if tail and tail[0] != ";":
+            tail = tail.strip(_WSP)
             if tail and tail[0] != ";":
                 raise RemoteProtocolError(400, "text after the address")
-        return cls(Uri.parse(addr_spec.strip(_WSP)), display_name, parse_params(tail) if tail else ())
+        return cls(Uri.parse(addr_spec), display_name, parse_params(tail) if tail else ())
+
+    @classmethod
+    def _parse_addr_spec(cls, text: str) -> NameAddr:
+        addr_spec, semicolon, tail = text.partition(";")
+        if "?" in addr_spec or "," in addr_spec:
+            raise RemoteProtocolError(400, "address with ? or comma needs angle brackets")
+        return cls(Uri.parse(addr_spec.strip(_WSP)), None, parse_params(tail) if semicolon else ())
 
     def __str__(self) -> str:
         text = f"<{self.uri}>" if self.display_name is None else f"{quote(self.display_name)} <{self.uri}>"
@@ -303,16 +306,19 @@ class Via:
         Raises:
             RemoteProtocolError: 400, `text` is no Via value of SIP/2.0.
         """
-        protocol = _SENT_PROTOCOL.match(text)
-        if protocol is None:
-            raise RemoteProtocolError(400, "malformed sent-protocol", "Via")
-        sent_by, semicolon, tail = text[protocol.end() :].partition(";")
+        if text.startswith("SIP/2.0/UDP "):
+            transport, rest = "UDP", text[12:]
+        else:
+            protocol = _SENT_PROTOCOL.match(text)
+            if protocol is None:
+                raise RemoteProtocolError(400, "malformed sent-protocol", "Via")
+            transport, rest = protocol[1].upper(), text[protocol.end() :]
+        sent_by, _, tail = rest.partition(";")
         match = _SENT_BY.fullmatch(sent_by.strip(_WSP))
         if match is None:
             raise RemoteProtocolError(400, "malformed sent-by", "Via")
         v6, host, port = match.groups()
-        params = parse_params(tail) if semicolon else ()
-        return cls(protocol.group(1).upper(), v6 or host, _parse_port(port) if port else None, params)
+        return cls(transport, v6 or host, _parse_port(port) if port else None, parse_params(tail) if tail else ())
 
     def __str__(self) -> str:
         port = "" if self.port is None else f":{self.port}"
@@ -362,7 +368,7 @@ class CSeq:
         """
         parts = text.split()
         number = parse_decimal(parts[0], MAX_CSEQ) if len(parts) == 2 else None
-        if number is None or not is_token(parts[1]):
+        if number is None or (parts[1] not in METHODS and not is_token(parts[1])):
             raise RemoteProtocolError(400, "malformed sequence number or method", "CSeq")
         return cls(number, parts[1])
 

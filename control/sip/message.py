@@ -1,21 +1,22 @@
-"""SIP messages: framing, header fields, and the typed values that routing needs (RFC 3261 sections 7, 8.1.1, 8.2.6, 18.3).
+"""SIP messages: framing, header fields, and what routing needs of them (RFC 3261 sections 7, 8.1.1, 8.2.6, 18.3).
 
-Parsing is to routing depth: start line, header index and the fields without which no response can be built or matched. All
-other fields are text until asked for; one that is unknown or malformed fails nobody but who asks for its value. Text is
-UTF-8 in which other octets survive as surrogates, so what came in goes out octet for octet. A field name is written in
-its standard spelling, and fields of one name are written together, in their order (section 7.3.1).
+Parsing is to routing depth: start line, header index and the fields without which no response can be built or matched.
+All other fields are text until asked for; one that is unknown or malformed fails nobody but who asks for its value.
+Text is UTF-8 in which other octets survive as surrogates, so what came in goes out octet for octet. A field name is
+written in its standard spelling, and fields of one name are written together, in their order (section 7.3.1).
 Left out: message bodies (see control.sip.sdp) and framing of byte streams.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from control.sip.errors import LocalProtocolError, RemoteProtocolError
-from control.sip.headers import CSeq, NameAddr, Via, is_token, parse_decimal, split_commas
+from control.sip.headers import METHODS, CSeq, NameAddr, Via, is_token, parse_decimal, split_commas
+from control.sip.names import KEYS, SPELLINGS, key_of
 
 T = TypeVar("T")
 
@@ -102,66 +103,12 @@ REASON_PHRASES: Final[dict[int, str]] = {
     608: "Rejected",
 }
 
-_STANDARD_NAMES: Final = (
-    "Accept Accept-Contact Accept-Encoding Accept-Language Alert-Info Allow Allow-Events Authentication-Info Authorization "
-    "Call-ID Call-Info Contact Content-Disposition Content-Encoding Content-Language Content-Length Content-Type CSeq Date "
-    "Diversion Error-Info Event Expires Flow-Timer From Geolocation History-Info Identity In-Reply-To Info-Package "
-    "Max-Forwards MIME-Version Min-Expires Min-SE Organization P-Access-Network-Info P-Asserted-Identity P-Called-Party-ID "
-    "P-Charging-Vector P-Early-Media P-Preferred-Identity Path Priority Privacy Proxy-Authenticate Proxy-Authorization "
-    "Proxy-Require RAck Reason Record-Route Recv-Info Refer-Sub Refer-To Referred-By Reject-Contact Remote-Party-ID Replaces "
-    "Reply-To Request-Disposition Require Retry-After Route RSeq Server Service-Route Session-Expires SIP-ETag SIP-If-Match "
-    "Subject Subscription-State Supported Target-Dialog Timestamp To Unsupported User-Agent User-to-User Via Warning "
-    "WWW-Authenticate"
-).split()
-
-# RFC 3261 section 7.3.3 and the IANA registry of compact forms.
-_COMPACT_FORMS: Final = {
-    "a": "accept-contact",
-    "b": "referred-by",
-    "c": "content-type",
-    "d": "request-disposition",
-    "e": "content-encoding",
-    "f": "from",
-    "i": "call-id",
-    "j": "reject-contact",
-    "k": "supported",
-    "l": "content-length",
-    "m": "contact",
-    "n": "identity-info",
-    "o": "event",
-    "r": "refer-to",
-    "s": "subject",
-    "t": "to",
-    "u": "allow-events",
-    "v": "via",
-    "x": "session-expires",
-    "y": "identity",
-}
-
 _CLASS_PHRASES: Final = {1: "Progress", 2: "Success", 3: "Redirect", 4: "Client Error", 5: "Server Error", 6: "Refused"}
 
-_SPELLING: Final = {name.lower(): name for name in _STANDARD_NAMES}
-_SPELLING["identity-info"] = "Identity-Info"
-# Every way in which well-behaved peers write a known name: one look-up instead of strip, lower and look-up.
-_KEYS: Final = {
-    **{name: key for key, name in _SPELLING.items()},
-    **{key: key for key in _SPELLING},
-    **_COMPACT_FORMS,
-    **{compact.upper(): key for compact, key in _COMPACT_FORMS.items()},
-}
-
+_WSP: Final = " \t"
 _END_OF_HEAD: Final = re.compile(rb"\r?\n\r?\n")
 _VERSION: Final = re.compile(r"SIP/[0-9]+\.[0-9]+", re.IGNORECASE)
-_FOLD: Final = re.compile(r"[ \t]*\r\n[ \t]+")
 _SINGLE: Final = ("from", "to", "call-id", "cseq")
-
-
-def _key_of(name: str) -> str:
-    known = _KEYS.get(name)
-    if known is None:
-        known = name.strip(" \t").lower()
-        known = _COMPACT_FORMS.get(known, known)
-    return known
 
 
 class Headers:
@@ -172,9 +119,7 @@ class Headers:
 
     __slots__ = ("_parsed", "_spelling", "_values")
 
-    def __init__(
-        self, items: Iterator[tuple[str, str]] | list[tuple[str, str]] | tuple[tuple[str, str], ...] = ()
-    ) -> None:
+    def __init__(self, items: Iterable[tuple[str, str]] = ()) -> None:
         self._values: dict[str, list[str]] = {}
         self._spelling: dict[str, str] = {}
         self._parsed: dict[str, Any] = {}
@@ -183,39 +128,47 @@ class Headers:
 
     @classmethod
     def parse(cls, lines: list[str]) -> Headers:
-        """Index unfolded header lines. A line without a colon or a name is dropped: nobody can ask for it."""
+        """Index header lines, folded ones too (RFC 3261 section 7.3.1).
+
+        A line without a colon or a name is dropped: nobody can ask for it.
+        """
         headers = cls()
         values = headers._values
-        known_keys = _KEYS
+        keys = KEYS
+        present: list[str] | None = None
         for line in lines:
             name, colon, value = line.partition(":")
-            key = known_keys.get(name)
+            key = keys.get(name)
             if key is None:
-                key = _key_of(name)
-                if not colon or not key:
+                if line[:1] in _WSP:
+                    if present is not None:
+                        present[-1] = f"{present[-1]} {line.strip(_WSP)}".strip(_WSP)
                     continue
-                if key not in _SPELLING:
-                    headers._spelling.setdefault(key, name.strip(" \t"))
+                key = key_of(name)
+                if not colon or not key:
+                    present = None
+                    continue
+                headers._keep_spelling(key, name)
             present = values.get(key)
             if present is None:
-                values[key] = [value.strip(" \t")]
+                values[key] = present = [value.strip(_WSP)]
             else:
-                present.append(value.strip(" \t"))
+                present.append(value.strip(_WSP))
         return headers
 
     def get(self, name: str) -> str | None:
         """The first value of `name`, or None."""
-        values = self._values.get(_key_of(name))
+        values = self._values.get(key_of(name))
         return values[0] if values else None
 
     def get_all(self, name: str) -> list[str]:
         """The values of `name`, one for each header line."""
-        return list(self._values.get(_key_of(name), ()))
+        return list(self._values.get(key_of(name), ()))
 
     def get_list(self, name: str) -> list[str]:
         """The comma-separated elements of all lines of `name`, in order (RFC 3261 section 7.3.1)."""
         elements: list[str] = []
-        for value in self._values.get(_key_of(name), ()):
+        for value in self._values.get(key_of(name), ()):
             elements += split_commas(value)
         return elements
 
@@ -250,7 +203,7 @@ class Headers:
     def items(self) -> Iterator[tuple[str, str]]:
         """Name and value of each line, as they are written."""
         for key, values in self._values.items():
-            name = _SPELLING.get(key) or self._spelling[key]
+            name = SPELLINGS.get(key) or self._spelling[key]
             for value in values:
                 yield name, value
 
@@ -264,33 +217,49 @@ class Headers:
 
     def parsed(self, key: str, parse: Callable[[Headers], T]) -> T:
         """What `parse` makes of these headers, remembered until the field `key` (lower case, long form) changes."""
-        try:
-            value: T = self._parsed[key]
-        except KeyError:
+        value: T | None = self._parsed.get(key)
+        if value is None:
             value = self._parsed[key] = parse(self)
         return value
 
+    def copy_from(self, other: Headers, *names: str) -> None:
+        """Take over all lines of these names, as they are."""
+        for name in names:
+            self.set_all(name, other._values.get(key_of(name), []))
+
     def require(self, key: str) -> str:
-        """The value of the field `key` (lower case, long form).
+        """The first value of the field `key` (lower case, long form).
 
         Raises:
             RemoteProtocolError: 400, there is none.
         """
         values = self._values.get(key)
         if not values:
-            raise RemoteProtocolError(400, "missing header field", _SPELLING.get(key, key))
+            raise RemoteProtocolError(400, "missing header field", SPELLINGS.get(key, key))
         return values[0]
+
+    def forbid_repetition(self, key: str) -> None:
+        """Check that there is one line at most of a field that may be there once.
+
+        Raises:
+            RemoteProtocolError: 400, there are more: readers might pick different ones.
+        """
+        if len(self._values.get(key, "?")) != 1:
+            raise RemoteProtocolError(400, "more than one header field", SPELLINGS[key])
 
     def _changed(self, name: str) -> str:
         """The key of a name about to be changed."""
-        key = _key_of(name)
+        key = key_of(name)
         self._parsed.pop(key, None)
-        if key not in _SPELLING:
-            self._spelling.setdefault(key, name.strip(" \t"))
+        self._keep_spelling(key, name)
         return key
 
+    def _keep_spelling(self, key: str, name: str) -> None:
+        if key not in SPELLINGS:
+            self._spelling.setdefault(key, name.strip(_WSP))
+
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and _key_of(name) in self._values
+        return isinstance(name, str) and key_of(name) in self._values
 
     def __len__(self) -> int:
         return sum(map(len, self._values.values()))
@@ -318,7 +287,7 @@ def _parse_address(key: str) -> Callable[[Headers], NameAddr]:
         try:
             return NameAddr.parse(text)
         except RemoteProtocolError as error:
-            raise RemoteProtocolError(error.status, error.message, _SPELLING[key]) from error
+            raise RemoteProtocolError(error.status, error.message, SPELLINGS[key]) from error
 
     return parse
 
@@ -327,7 +296,7 @@ def _parse_addresses(headers: Headers, key: str) -> list[NameAddr]:
     try:
         return [NameAddr.parse(element) for element in headers.get_list(key)]
     except RemoteProtocolError as error:
-        raise RemoteProtocolError(error.status, error.message, _SPELLING[key]) from error
+        raise RemoteProtocolError(error.status, error.message, SPELLINGS[key]) from error
 
 
 def _parse_cseq(headers: Headers) -> CSeq:
@@ -349,7 +318,7 @@ def _parse_max_forwards(headers: Headers) -> int | None:
 
 
 def _parse_content_type(headers: Headers) -> str:
-    return (headers.get("content-type") or "").partition(";")[0].strip(" \t").lower()
+    return (headers.get("content-type") or "").partition(";")[0].strip(_WSP).lower()
 
 
 _parse_from: Final = _parse_address("from")
@@ -521,15 +490,16 @@ class Response(Message):
 def build_request(
     method: str, uri: str, *, from_: str, to: str, call_id: str, cseq: int, max_forwards: int = 70
 ) -> Request:
-    """A request with the fields that each must have (RFC 3261 section 8.1.1), save Via, which the transaction layer adds."""
+    """A request with the fields that each must have, save Via, which the transaction layer adds.
+
+    See RFC 3261 section 8.1.1.
+    """
     headers = Headers()
-    headers._values = {
-        "max-forwards": [str(max_forwards)],
-        "from": [from_],
-        "to": [to],
-        "call-id": [call_id],
-        "cseq": [f"{cseq} {method}"],
-    }
+    headers.add("Max-Forwards", str(max_forwards))
+    headers.add("From", from_)
+    headers.add("To", to)
+    headers.add("Call-ID", call_id)
+    headers.add("CSeq", f"{cseq} {method}")
     return Request(method, uri, headers)
 
 
@@ -539,34 +509,32 @@ def build_response(request: Request, status: int, reason: str | None = None, *, 
     `to_tag` is added where To has no tag yet; an unreadable To is echoed as it came. A 100 gets Timestamp, too.
     Record-Route is the business of whoever creates a dialog (section 12.1.1).
     """
-    theirs = request.headers._values
     headers = Headers()
-    ours = headers._values
-    for key in ("via", *_SINGLE):
-        if key in theirs:
-            ours[key] = theirs[key][:]
-    if to_tag is not None and "to" in ours:
-        try:
-            has_tag = request.to.tag is not None
-        except RemoteProtocolError:
-            has_tag = True
-        if not has_tag:
-            ours["to"] = [f"{ours['to'][0]};tag={to_tag}"]
-    if status == 100 and "timestamp" in theirs:
-        ours["timestamp"] = theirs["timestamp"][:]
+    headers.copy_from(request.headers, "Via", "From", "To", "Call-ID", "CSeq")
+    if to_tag is not None and _lacks_tag(request):
+        headers.set("To", f"{request.headers.get('To')};tag={to_tag}")
+    if status == 100:
+        headers.copy_from(request.headers, "Timestamp")
     if reason is None:
         reason = REASON_PHRASES.get(status) or _CLASS_PHRASES[status // 100]
     return Response(status, reason, headers)
 
 
+def _lacks_tag(request: Request) -> bool:
+    try:
+        return request.to.tag is None
+    except RemoteProtocolError:
+        return False
+
+
 def parse_message(data: bytes) -> Request | Response:
     """The message in one datagram, checked to routing depth.
 
-    Bare line feeds and white space inside folded lines are tolerated, octets after the Content-Length are cut off.
+    Bare line feeds and folded lines are tolerated, octets after the Content-Length are cut off.
 
     Raises:
-        RemoteProtocolError: with `request` set when the message is a request that can be answered. 505 for another version
-            than SIP/2.0, 513 above MAX_MESSAGE_BYTES, else 400.
+        RemoteProtocolError: 505 for another version than SIP/2.0, 513 above MAX_MESSAGE_BYTES, else 400; with `request`
+            set when the message is a request that can be answered.
     """
     if len(data) > MAX_MESSAGE_BYTES:
         raise RemoteProtocolError(513, f"more than {MAX_MESSAGE_BYTES} octets")
@@ -600,21 +568,20 @@ def parse_message(data: bytes) -> Request | Response:
 
 
 def _split_lines(data: bytes) -> tuple[list[str], bytes]:
-    """Start line and unfolded header lines, and what follows the empty line."""
+    """Start line and header lines, and what follows the empty line."""
     if data[:1] in b"\r\n":
-        data = data.lstrip(b"\r\n")
+        data = data.lstrip(b"\r\n")  # RFC 3261 section 7.5
     end = data.find(b"\r\n\r\n")
-    head = data[:end].decode("utf-8", "surrogateescape") if end >= 0 else ""
+    head = data[: max(end, 0)].decode("utf-8", "surrogateescape")
     body = data[end + 4 :]
-    if end < 0 or head.count("\n") != head.count("\r\n"):
+    lines = head.split("\r\n")
+    if end < 0 or head.count("\n") != len(lines) - 1:
         match = _END_OF_HEAD.search(data)
         if match is None:
             raise RemoteProtocolError(400, "no empty line after the header")
         head = data[: match.start()].decode("utf-8", "surrogateescape").replace("\r\n", "\n").replace("\n", "\r\n")
         body = data[match.end() :]
-    if "\n " in head or "\n\t" in head:
-        head = _FOLD.sub(" ", head)
-    lines = head.split("\r\n")
+        lines = head.split("\r\n")
     if head.count("\r") != len(lines) - 1:
         raise RemoteProtocolError(400, "carriage return without line feed")
     return lines, body
@@ -626,7 +593,9 @@ def _check_request_line(request: Request, version: str) -> None:
             raise RemoteProtocolError(505, "only SIP/2.0 is spoken here")
         raise RemoteProtocolError(400, "malformed request line")
     uri = request.uri
-    if not is_token(request.method) or not uri or uri[0] == "<" or " " in uri or "\t" in uri:
+    if request.method not in METHODS and not is_token(request.method):
+        raise RemoteProtocolError(400, "malformed method")
+    if not uri or uri[0] == "<" or " " in uri or "\t" in uri:
         raise RemoteProtocolError(400, "malformed request line")
 
 
@@ -643,11 +612,10 @@ def _parse_status_line(line: str, headers: Headers) -> Response:
 
 def _check(message: Message) -> None:
     """Demand what matching and answering need: top Via, From, To, Call-ID and CSeq, each readable."""
-    values = message.headers._values
-    message.via  # noqa: B018
+    headers = message.headers
+    message.via  # noqa: B018  parsed, or it raises
     for key in _SINGLE:
-        if len(values.get(key, "?")) != 1:
-            raise RemoteProtocolError(400, "more than one header field", _SPELLING[key])
+        headers.forbid_repetition(key)
     message.from_  # noqa: B018
     message.to  # noqa: B018
     message.cseq  # noqa: B018
@@ -657,8 +625,8 @@ def _check(message: Message) -> None:
 
 def _cut_body(headers: Headers, rest: bytes) -> bytes:
     """The body by Content-Length; without one it is all that is left of the datagram (RFC 3261 section 18.3)."""
-    lengths = headers._values.get("content-length")
-    if lengths is None:
+    lengths = headers.get_all("Content-Length")
+    if not lengths:
         return rest
     length = parse_decimal(lengths[0], MAX_MESSAGE_BYTES)
     if length is None or (len(lengths) > 1 and len(set(lengths)) > 1):
