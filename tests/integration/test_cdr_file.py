@@ -73,7 +73,7 @@ async def test_a_renamed_file_is_followed_by_a_new_one(tmp_path: Path) -> None:
 async def until_written(metrics: ControlMetrics, count: int) -> None:
     async with asyncio.timeout(10):
         labels = {"backend": "jsonl"}
-        while metrics.registry.get_sample_value("sip_pbx_cdrs_written_total", labels) != count:  # noqa: ASYNC110
+        while metrics.registry.get_sample_value("sip_pbx_cdrs_written_total", labels) != count:
             await asyncio.sleep(0.01)
 
 

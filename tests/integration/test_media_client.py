@@ -54,7 +54,7 @@ class Phone:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -71,6 +71,7 @@ async def server(tmp_path: Path) -> AsyncIterator[ScriptedMediaServer]:
 async def phone(server: ScriptedMediaServer) -> AsyncIterator[Phone]:
     made = Phone(server.target)
     await made.connected()
+    await until(lambda: len(server.watch_requests) == 1)
     yield made
     await made.client.stop()
 

@@ -1,12 +1,14 @@
 """control.store on a real SQLite file."""
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from control.metrics import ControlMetrics
 from control.pbx.records import CallDirection, CallId, CallRecord, Reason, Result, Termination
@@ -122,7 +124,7 @@ async def test_a_locked_file_delays_records_and_loses_none(tmp_path: Path, monke
     store.add(call_record())
     labels = {"component": "store", "kind": "write_failed"}
     async with asyncio.timeout(10):
-        while not metrics.registry.get_sample_value("sip_pbx_errors_total", labels):  # noqa: ASYNC110
+        while not metrics.registry.get_sample_value("sip_pbx_errors_total", labels):
             await asyncio.sleep(0.01)
     assert committed.records == []
     assert store.pending == 1
@@ -134,7 +136,7 @@ async def test_a_locked_file_delays_records_and_loses_none(tmp_path: Path, monke
 
 
 async def test_what_cannot_be_saved_before_the_end_goes_to_the_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("control.store.database.BUSY_TIMEOUT_MS", 10)
     path = tmp_path / "cdr.sqlite"
@@ -143,12 +145,12 @@ async def test_what_cannot_be_saved_before_the_end_goes_to_the_log(
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     store.add(call_record("unlucky"))
-    await store.close(timeout_s=0.2)
+    with capture_logs() as lines:
+        await store.close(timeout_s=0.2)
     other.close()
     assert metrics.registry.get_sample_value("sip_pbx_cdr_failures_total", {"backend": "sqlite"}) == 1
-    logged = capsys.readouterr().out
-    assert "store.record_unsaved" in logged
-    assert '"call_id":"unlucky"' in logged
+    [line] = [line for line in lines if line["event"] == "store.record_unsaved"]
+    assert json.loads(line["record"])["call_id"] == "unlucky"
 
 
 async def test_a_full_queue_refuses_no_call_and_logs_the_record(tmp_path: Path) -> None:

@@ -1,0 +1,334 @@
+"""The composition root of the control plane: the one place that makes its objects and ties them together.
+
+Start: probes first, so that everybody can see what is being waited for; then the stores, the data plane's client, and
+the SIP sockets last. Stop, in the reverse sense: new calls are refused, running calls are ended, and whatever they
+leave behind is written before the files are closed. Every step has a deadline; a second stop signal skips the rest of
+the calls.
+"""
+
+import asyncio
+import contextlib
+import gc
+import secrets
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+
+import structlog
+
+from control.b2bua import B2bua
+from control.events.call_log import log_call_event
+from control.events.cdr import CdrFile
+from control.events.fanout import EventFanOut
+from control.media.client import MediaClient
+from control.metrics import ControlMetrics
+from control.pbx.admission import Admission
+from control.pbx.records import CallEvent, CallRecord
+from control.pbx.registrar import Registrar
+from control.pbx.routing import Router
+from control.pbx.trunks import Trunks
+from control.settings import ListenerSettings, Settings
+from control.sip.address import Address, Flow
+from control.sip.digest import DigestAuthenticator
+from control.sip.stack import SipStack
+from control.sip.transaction import Timers
+from control.store.database import StoreError
+from control.store.records import RecordStore
+from control.transport.udp import UdpTransport
+from sippbx.runtime.lifecycle import Stop, sample_loop_lag
+from sippbx.runtime.probes import ProbeError, ProbeServer
+from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp
+
+EXIT_CLEAN = 0
+EXIT_CONFIGURATION = 2
+EXIT_ADDRESS = 3
+EXIT_FENCED = 4
+EXIT_STORE = 5
+
+CALLS_END_S = 5.0
+
+_TOKEN_BYTES = 9
+_SECRET_BYTES = 32
+# Documentation addresses (RFC 5737, RFC 3849): asking for the way to them sends nothing.
+_ANYWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}
+_LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+
+_log = structlog.get_logger(__name__)
+
+
+async def run(settings: Settings, inherited: Mapping[str, socket.socket]) -> int:
+    """Run the control plane until a stop signal; return the exit code (see control.__main__).
+
+    `inherited` are bound SIP sockets by listener name; listeners that have none are bound here.
+    """
+    settings = with_advertised_addresses(settings)
+    stop = Stop()
+    try:
+        with stop.on_signals(hangup=_ignore_hangup):
+            async with ControlPlane.started(settings, inherited, stop) as plane:
+                await stop.draining.wait()
+                return await plane.finish()
+    except (SocketError, ProbeError) as error:
+        _log.error("process.start_failed", error=str(error))
+        return EXIT_ADDRESS
+    except StoreError as error:
+        _log.error("process.start_failed", error=str(error))
+        return EXIT_STORE
+
+
+class ControlPlane:
+    """Everything that runs, for as long as `started` is open."""
+
+    def __init__(self, settings: Settings, stop: Stop) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._fenced = False
+        self._starting = True
+        self._transports: dict[str, UdpTransport] = {}
+        self._listeners = {listener.name: listener for listener in settings.sip.listeners}
+        self.metrics = ControlMetrics()
+        self._admission = Admission(
+            max_calls=settings.limits.max_calls,
+            calls_per_second=settings.limits.calls_per_second,
+            retry_after_s=settings.limits.retry_after_s,
+        )
+        self._media = MediaClient(
+            target=settings.media.target,
+            owner_id=settings.node_name,
+            command_timeout_s=settings.media.command_timeout_s,
+            lost_timeout_s=settings.media.lost_timeout_s,
+            metrics=self.metrics,
+            fenced=self._lose_ownership,
+        )
+        self._events = EventFanOut(self.metrics)
+        self._stack = SipStack(
+            advertised=self._advertised,
+            new_token=_new_token,
+            timers=Timers(settings.sip.timers.t1_s, settings.sip.timers.t2_s, settings.sip.timers.t4_s),
+            server_name=settings.sip.server_name,
+        )
+        users = {user.name: user.nat for user in settings.users}
+        self._registrar = Registrar(
+            is_user=users.__contains__,
+            min_expires_s=settings.registrar.min_expires_s,
+            max_expires_s=settings.registrar.max_expires_s,
+            default_expires_s=settings.registrar.default_expires_s,
+            max_bindings=settings.registrar.max_bindings,
+        )
+        trunks = Trunks(settings.trunk_values())
+        self._b2bua = B2bua(
+            settings=settings,
+            stack=self._stack,
+            registrar=self._registrar,
+            router=Router(users=users, bindings_of=self._registrar.lookup, trunks=trunks, rules=settings.route_rules()),
+            trunks=trunks,
+            admission=self._admission,
+            authenticator=DigestAuthenticator(settings.realm, secrets.token_bytes(_SECRET_BYTES)),
+            media=self._media,
+            transmit=self._transmit,
+            publish=self._events.publish,
+            metrics=self.metrics,
+            new_token=_new_token,
+            clock=asyncio.get_running_loop().time,
+            utc_now=_utc_now,
+        )
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def started(
+        cls, settings: Settings, inherited: Mapping[str, socket.socket], stop: Stop
+    ) -> AsyncIterator["ControlPlane"]:
+        """Start everything; whatever has been started is stopped again on the way out, in reverse order.
+
+        Raises: SocketError, ProbeError, StoreError.
+        """
+        plane = cls(settings, stop)
+        async with contextlib.AsyncExitStack() as running:
+            await plane._start(running, inherited)
+            yield plane
+
+    async def finish(self) -> int:
+        """Refuse new calls, end the running ones, and return the exit code.
+
+        A fenced process ends nothing: its calls belong to whoever owns the data plane now.
+        """
+        if self._fenced:
+            return EXIT_FENCED
+        self._admission.draining = True
+        _log.info("process.stopping", calls=sum(self._b2bua.active_calls().values()))
+        ending = asyncio.create_task(self._b2bua.close(), name="end-calls")
+        hurry = asyncio.create_task(self._stop.now.wait(), name="second-stop-signal")
+        done, pending = await asyncio.wait({ending, hurry}, timeout=CALLS_END_S, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        if ending in done:
+            ending.result()
+        else:
+            _log.warning("process.calls_abandoned", calls=sum(self._b2bua.active_calls().values()))
+        return EXIT_CLEAN
+
+    async def _start(self, running: contextlib.AsyncExitStack, inherited: Mapping[str, socket.socket]) -> None:
+        settings = self._settings
+        sockets = _listening_sockets(settings.sip.listeners, inherited)
+        for name, sock in sockets.items():
+            transport = UdpTransport(sock, listener=name, receive=self._b2bua.receive)
+            self._transports[name] = transport
+            running.callback(transport.close)
+        self.metrics.bind(
+            active_calls=self._b2bua.active_calls,
+            registrations=self._registrar.__len__,
+            transactions=self._stack.counts,
+            sockets=self._socket_counters,
+            ready=lambda: not self.unready(),
+            draining=lambda: self._admission.draining,
+        )
+        probes = ProbeServer(
+            settings.metrics.bind, settings.metrics.port, registry=self.metrics.registry, unready=self.unready
+        )
+        await probes.start()
+        running.push_async_callback(probes.stop)
+        lag = asyncio.create_task(sample_loop_lag(self.metrics.event_loop_lag), name="loop-lag")
+        running.callback(lag.cancel)
+        await self._keep_records(running, settings.cdr.sqlite_path, settings.cdr.jsonl_path)
+        self._media.start(self._b2bua.media_input)
+        running.push_async_callback(self._media.stop)
+        for transport in self._transports.values():
+            transport.start()
+        self._starting = False
+        # What stands now lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        _log.info("process.started", listeners=[str(transport.local) for transport in self._transports.values()])
+
+    async def _keep_records(
+        self, running: contextlib.AsyncExitStack, sqlite_path: Path, jsonl_path: Path | None
+    ) -> None:
+        """Observe calls: metrics and log at once, the store by its queue, the CDR file behind its commits."""
+        sink = None if jsonl_path is None else CdrFile(jsonl_path, metrics=self.metrics)
+        if sink is not None:
+            running.push_async_callback(sink.close)
+
+        def committed(records: Sequence[CallRecord]) -> None:
+            if sink is not None:
+                sink.add(records)
+
+        store = await RecordStore.open(sqlite_path, metrics=self.metrics, committed=committed)
+        running.push_async_callback(store.close)
+
+        def keep(event: CallEvent) -> None:
+            if event.record is not None:
+                store.add(event.record)
+
+        self._events.subscribe("metrics", self.metrics.observe)
+        self._events.subscribe("log", log_call_event)
+        self._events.subscribe("store", keep)
+
+    def unready(self) -> list[str]:
+        """Why new calls would be refused now; empty when they would not."""
+        reasons = []
+        if self._starting:
+            reasons.append("starting")
+        if self._stop.draining.is_set():
+            reasons.append("draining")
+        if (trouble := self._media.trouble) is not None:
+            reasons.append(f"media: {trouble}")
+        return reasons
+
+    def _lose_ownership(self) -> None:
+        self._fenced = True
+        self._stop.request()
+
+    def _advertised(self, flow: Flow) -> Address:
+        listener = self._listeners[flow.listener]
+        return Address(listener.advertise, listener.advertised_port)
+
+    def _transmit(self, data: bytes, flow: Flow) -> None:
+        self._transports[flow.listener].send(data, flow)
+
+    def _socket_counters(self) -> Mapping[str, int]:
+        total: Counter[str] = Counter()
+        for transport in self._transports.values():
+            total.update(asdict(transport.counters))
+            total["kernel_dropped"] += transport.kernel_drops()
+        return total
+
+
+def with_advertised_addresses(settings: Settings) -> Settings:
+    """The same settings with each `advertise: auto` replaced by the address that peers are told."""
+    listeners = tuple(
+        listener.model_copy(update={"advertise": _address_to_tell(listener.advertised_host, listener.version)})
+        for listener in settings.sip.listeners
+    )
+    addresses = tuple(
+        address.model_copy(update={"advertise": _address_to_tell(address.advertised_host, address.version)})
+        for address in settings.media.addresses
+    )
+    return settings.model_copy(
+        update={
+            "sip": settings.sip.model_copy(update={"listeners": listeners}),
+            "media": settings.media.model_copy(update={"addresses": addresses}),
+        }
+    )
+
+
+def _address_to_tell(configured: str | None, version: int) -> str:
+    if configured is not None:
+        return configured
+    detected = _outgoing_address(version)
+    if detected is None or ip_address(detected).is_loopback:
+        detected = _LOOPBACK[version]
+        _log.warning("address.loopback_advertised", address=detected, advice="set advertise: no other host can call")
+    else:
+        _log.info("address.detected", address=detected)
+    return detected
+
+
+def _outgoing_address(version: int) -> str | None:
+    """The address that this host would send from to another network, None when it has no way there."""
+    with socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((_ANYWHERE[version], 9))
+        except OSError:
+            return None
+        return str(sock.getsockname()[0])
+
+
+def _listening_sockets(
+    listeners: Sequence[ListenerSettings], inherited: Mapping[str, socket.socket]
+) -> dict[str, socket.socket]:
+    """The sockets of all listeners: those handed over, and new ones for the others.
+
+    Raises: SocketError when one cannot be bound, or is not bound to what the settings say.
+    """
+    for name in inherited.keys() - {listener.name for listener in listeners}:
+        inherited[name].close()
+        _log.warning("transport.socket_unused", listener=name)
+    sockets: dict[str, socket.socket] = {}
+    for listener in listeners:
+        wanted = UdpListener(listener.bind, listener.port)
+        if listener.name in inherited:
+            sock = inherited[listener.name]
+            if (bound := UdpListener(*sock.getsockname()[:2])) != wanted:
+                raise SocketError(f"the socket handed over as {listener.name!r} is {bound}, the settings say {wanted}")
+            sockets[listener.name] = sock
+        else:
+            sockets[listener.name] = bind_udp(wanted)
+    return sockets
+
+
+def _new_token() -> str:
+    """72 random bits, well above the 32 that RFC 3261 section 19.3 asks of tags."""
+    return secrets.token_hex(_TOKEN_BYTES)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _ignore_hangup() -> None:
+    _log.info("process.hangup_ignored", advice="settings are read at the start only")
