@@ -1,0 +1,580 @@
+"""A call: two INVITE sessions joined, and the media between them.
+
+The machine takes what the stack and the data plane say about the call and gives what to send, what the data plane shall do,
+and what observers hear. It refuses, cancels and hangs up with one `Termination`, from which the CDR is made.
+
+Left out: several targets at once, redirects, transfer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final, assert_never
+
+from control.pbx.call_media import CallMedia
+from control.pbx.media import (
+    MediaClosed,
+    MediaFailed,
+    MediaFailure,
+    MediaInput,
+    MediaLost,
+    MediaOpened,
+    MediaSpec,
+    MediaUpdated,
+)
+from control.pbx.records import (
+    CallDirection,
+    CallEvent,
+    CallEventKind,
+    CallId,
+    CallRecord,
+    LegName,
+    LegRecord,
+    Reason,
+    Result,
+    StreamRecord,
+    Termination,
+)
+from control.sip.errors import RemoteProtocolError
+from control.sip.headers import NameAddr
+from control.sip.sdp import SessionDescription
+from control.sip.session import (
+    Accepted,
+    Answered,
+    Cancelled,
+    Command,
+    EndCause,
+    Ended,
+    Established,
+    InviteSession,
+    Offered,
+    OfferRejected,
+    Progressed,
+    Rejected,
+    SessionState,
+    StackEvent,
+)
+from control.sip.session import Output as SessionOutput
+
+RELEASE_TIMEOUT_S: Final = 10.0
+
+
+class CallState(StrEnum):
+    """Where a call stands."""
+
+    RESERVING = "reserving"
+    INVITING = "inviting"
+    RINGING = "ringing"
+    ANSWERING = "answering"
+    ESTABLISHED = "established"
+    RELEASING = "releasing"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMedia:
+    """Make the media session; MediaOpened or MediaFailed comes back."""
+
+    spec: MediaSpec
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMedia:
+    """Change the media session; MediaUpdated or MediaFailed comes back."""
+
+    spec: MediaSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CloseMedia:
+    """End the media session; MediaClosed comes back."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Tell the observers."""
+
+    event: CallEvent
+
+
+Effect = Command | OpenMedia | UpdateMedia | CloseMedia | Publish
+
+
+@dataclass(frozen=True, slots=True)
+class CallLimits:
+    """How long a call may ring and last, in seconds, and what a refused caller is told to wait."""
+
+    ring_timeout_s: float
+    max_duration_s: float
+    retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parties:
+    """Who is on a call: for the record, and as the callee's leg shows them."""
+
+    direction: CallDirection
+    caller: str
+    callee: str
+    shown_caller: NameAddr
+    shown_callee: NameAddr
+    request_uri: str
+    max_forwards: int
+    caller_user: str | None = None
+    caller_trunk: str | None = None
+    callee_user: str | None = None
+    callee_trunk: str | None = None
+
+
+# What a callee's final answer means. A status that is not here is passed on as it is, for CALLEE_REJECTED.
+CALLEE_ANSWERS: Final[dict[int, tuple[Result, Reason, int]]] = {
+    401: (Result.REJECTED, Reason.CALLEE_REJECTED, 403),  # a challenge to us: the caller has nothing to answer it with
+    407: (Result.REJECTED, Reason.CALLEE_REJECTED, 403),
+    408: (Result.NO_ANSWER, Reason.CALLEE_UNAVAILABLE, 408),
+    480: (Result.NO_ANSWER, Reason.CALLEE_UNAVAILABLE, 480),
+    486: (Result.BUSY, Reason.CALLEE_BUSY, 486),
+    600: (Result.BUSY, Reason.CALLEE_BUSY, 600),
+    503: (Result.FAILED, Reason.CALLEE_REJECTED, 500),  # would speak of us (RFC 3261 section 16.7 step 6)
+    603: (Result.REJECTED, Reason.CALLEE_DECLINED, 603),
+    607: (Result.REJECTED, Reason.CALLEE_DECLINED, 607),
+}
+
+MEDIA_FAILURES: Final[dict[MediaFailure, Reason]] = {
+    MediaFailure.PORTS_EXHAUSTED: Reason.PORTS_EXHAUSTED,
+    MediaFailure.UNAVAILABLE: Reason.MEDIA_UNAVAILABLE,
+    MediaFailure.REFUSED: Reason.MEDIA_UNAVAILABLE,
+}
+
+END_REASONS: Final[dict[EndCause, Reason]] = {
+    EndCause.BYE: Reason.HANGUP,
+    EndCause.ACK_TIMEOUT: Reason.ACK_TIMEOUT,
+    EndCause.PRACK_TIMEOUT: Reason.ACK_TIMEOUT,
+    EndCause.DIALOG_LOST: Reason.DIALOG_LOST,
+}
+
+_SETTING_UP: Final = frozenset({CallState.RESERVING, CallState.INVITING, CallState.RINGING})
+_OVER: Final = frozenset({CallState.RELEASING, CallState.ENDED})
+
+
+@dataclass(slots=True)
+class _PendingOffer:
+    """An offer of one leg that waits for ports, or for the other leg's answer."""
+
+    by: LegName
+    sdp: SessionDescription
+    method: str
+    forwarded: bool = False
+
+
+@dataclass(slots=True)
+class _Times:
+    """Moments of the call in monotonic seconds; `utc` is the wall clock at `invited`, so that a stepped clock bends nothing."""
+
+    utc: datetime
+    invited: float
+    ringing: float | None = None
+    answered: float | None = None
+
+    def at(self, moment: float | None) -> datetime | None:
+        return None if moment is None else self.utc + timedelta(seconds=moment - self.invited)
+
+
+@dataclass(slots=True)
+class Call:
+    """One call as a pure machine; `start` sets it going.
+
+    `done` turns True once nothing more can come: the call has ended and both legs have finished.
+    """
+
+    call_id: CallId
+    parties: Parties
+    legs: dict[LegName, InviteSession]
+    leg_records: Callable[["Call"], tuple[LegRecord, ...]]
+    media: CallMedia
+    limits: CallLimits
+    offer: bytes
+    times: _Times
+    state: CallState = CallState.RESERVING
+    termination: Termination | None = None
+    _deadline: float | None = None
+    _media_open: bool = False
+    _pending: _PendingOffer | None = None
+    _callee_sdp: SessionDescription | None = None
+    _late_offer: SessionDescription | None = None
+    _effects: list[Effect] = field(default_factory=list)
+
+    @classmethod
+    def between(
+        cls,
+        call_id: CallId,
+        parties: Parties,
+        *,
+        caller: InviteSession,
+        callee: InviteSession,
+        leg_records: Callable[["Call"], tuple[LegRecord, ...]],
+        media: CallMedia,
+        limits: CallLimits,
+        offer: bytes,
+        utc: datetime,
+        now: float,
+    ) -> "Call":
+        """A call that the caller's session asks for; `offer` is the body of its INVITE."""
+        legs = {LegName.CALLER: caller, LegName.CALLEE: callee}
+        return cls(call_id, parties, legs, leg_records, media, limits, offer, _Times(utc, now))
+
+    # ---- inputs ----------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Effect]:
+        """Asks the data plane for ports; the callee is not rung before they are there."""
+        self._publish(CallEventKind.STARTED, now)
+        sdp: SessionDescription | None = None
+        try:
+            sdp = SessionDescription.parse(self.offer) if self.offer else None
+        except RemoteProtocolError as error:
+            self._release(Termination(Result.REJECTED, Reason.BAD_OFFER, 400, detail=error.message), now)
+            return self._take()
+        if sdp is None:
+            self.media.reserve()
+        else:
+            self.media.plan(sdp)
+            if not self.media.relays(sdp):
+                detail = "no line of the offer is audio or video over RTP"
+                self._release(Termination(Result.REJECTED, Reason.NO_COMMON_MEDIA, 488, detail=detail), now)
+                return self._take()
+            self.media.learn(LegName.CALLER, sdp)
+        self._media_open = True
+        self._effects.append(OpenMedia(self.media.spec()))
+        return self._take()
+
+    def receive(self, leg: LegName, event: StackEvent, now: float) -> list[Effect]:
+        """Takes a message or failure of one leg."""
+        self._perform(leg, self.legs[leg].receive(event, now), now)
+        return self._take()
+
+    def receive_media(self, event: MediaInput, now: float) -> list[Effect]:
+        """Takes what the data plane says."""
+        match event:
+            case MediaOpened():
+                self._media_opened(event, now)
+            case MediaUpdated():
+                self.media.bound(event.ports)
+                if self._pending is not None and not self._pending.forwarded:
+                    self._forward_offer(self._pending, now)
+                elif self._late_offer is not None and self.state in (CallState.INVITING, CallState.RINGING):
+                    self._accept_caller(self._late_offer, now)
+            case MediaFailed():
+                self._media_failed(event, now)
+            case MediaClosed():
+                self._ended(event.streams, now)
+            case MediaLost():
+                self._release(self._failure(Reason.MEDIA_LOST, event.detail), now)
+            case _:
+                assert_never(event)
+        return self._take()
+
+    def hang_up(self, termination: Termination, now: float) -> list[Effect]:
+        """Ends the call, whatever it is doing."""
+        self._release(termination, now)
+        return self._take()
+
+    def handle_timer(self, now: float) -> list[Effect]:
+        """Does what is due for the legs and for the call itself."""
+        for leg, session in self.legs.items():
+            self._perform(leg, session.handle_timer(now), now)
+        if self._deadline is not None and now >= self._deadline:
+            self._deadline = None
+            match self.state:
+                case CallState.INVITING | CallState.RINGING:
+                    detail = f"no answer within {self.limits.ring_timeout_s:g} s"
+                    self._release(Termination(Result.NO_ANSWER, Reason.RING_TIMEOUT, 480, detail=detail), now)
+                case CallState.ANSWERING | CallState.ESTABLISHED:
+                    detail = f"lasted {self.limits.max_duration_s:g} s"
+                    self._release(Termination(Result.ANSWERED, Reason.MAX_DURATION, 200, detail=detail), now)
+                case CallState.RELEASING:
+                    self._ended(None, now)
+                case CallState.RESERVING | CallState.ENDED:
+                    pass
+        return self._take()
+
+    def next_deadline(self) -> float | None:
+        """When `handle_timer` wants to be called."""
+        due = [session.next_deadline() for session in self.legs.values()]
+        return min((at for at in (*due, self._deadline) if at is not None), default=None)
+
+    @property
+    def done(self) -> bool:
+        """Nothing more can come."""
+        finished = all(session.state is SessionState.TERMINATED for session in self.legs.values())
+        return self.state is CallState.ENDED and finished
+
+    # ---- what the legs say -----------------------------------------------------------------------------------------
+
+    def _perform(self, leg: LegName, outputs: list[SessionOutput], now: float) -> None:
+        for output in outputs:
+            match output:
+                case Progressed():
+                    self._progressed(output, now)
+                case Accepted():
+                    self._accepted(output, now)
+                case Rejected():
+                    self._rejected(output, now)
+                case Cancelled():
+                    detail = "the caller gave up before the answer"
+                    termination = Termination(Result.CANCELLED, Reason.CALLER_CANCELLED, 487, leg, detail)
+                    self._release(termination, now)
+                case Established():
+                    if self.state is CallState.ANSWERING:
+                        self.state = CallState.ESTABLISHED
+                case Offered():
+                    self._offered(leg, output, now)
+                case Answered():
+                    self._answered(leg, output, now)
+                case OfferRejected():
+                    self._offer_rejected(leg, output, now)
+                case Ended():
+                    self._session_ended(leg, output, now)
+                case _:
+                    self._effects.append(output)
+
+    def _progressed(self, event: Progressed, now: float) -> None:
+        if self.state not in (CallState.INVITING, CallState.RINGING):
+            return
+        sdp = self._parse(event.sdp) if event.sdp and self.offer else None
+        if sdp is not None:
+            self._callee_sdp = sdp
+            self.media.learn(LegName.CALLEE, sdp)
+            self._effects.append(UpdateMedia(self.media.spec()))
+        if self.state is CallState.INVITING and event.status != 100:
+            self.state = CallState.RINGING
+            self.times.ringing = now
+            self._publish(CallEventKind.RINGING, now)
+        told = self.media.describe(LegName.CALLER, sdp) if sdp is not None else b""
+        self._perform(LegName.CALLER, self.legs[LegName.CALLER].progress(event.status, event.reason, told, now), now)
+
+    def _accepted(self, event: Accepted, now: float) -> None:
+        if self.state not in (CallState.INVITING, CallState.RINGING):
+            return
+        sdp = self._parse(event.sdp) if event.sdp else self._callee_sdp
+        if sdp is None or (self.offer and not self.media.relays(sdp)):
+            detail = "the callee's answer has no SDP that can be read" if sdp is None else "the callee took no line"
+            self._release(Termination(Result.FAILED, Reason.BAD_ANSWER, 502, LegName.CALLEE, detail), now)
+            return
+        if self.offer:
+            self._accept_caller(sdp, now)
+            return
+        # The callee's offer answers our INVITE without one: its lines need ports before the caller may hear of them.
+        self.media.plan(sdp)
+        if not self.media.relays(sdp):
+            detail = "no line of the callee's offer is audio or video over RTP"
+            self._release(Termination(Result.FAILED, Reason.NO_COMMON_MEDIA, 488, LegName.CALLEE, detail), now)
+            return
+        self._late_offer = sdp
+        self.media.learn(LegName.CALLEE, sdp)
+        self._effects.append(UpdateMedia(self.media.spec()))
+
+    def _accept_caller(self, sdp: SessionDescription, now: float) -> None:
+        """Tells the data plane the callee's address, and then the caller that the callee answered."""
+        self.state = CallState.ANSWERING
+        self.times.answered = now
+        self._deadline = now + self.limits.max_duration_s
+        if self.offer:
+            self.media.learn(LegName.CALLEE, sdp)
+            self._effects.append(UpdateMedia(self.media.spec()))
+        told = self.media.describe(LegName.CALLER, sdp)
+        self._perform(LegName.CALLER, self.legs[LegName.CALLER].accept(told, now), now)
+        self._publish(CallEventKind.ANSWERED, now)
+
+    def _rejected(self, event: Rejected, now: float) -> None:
+        if event.timed_out:
+            detail = "the callee's side did not answer"
+            termination = Termination(Result.FAILED, Reason.CALLEE_UNREACHABLE, 408, None, detail)
+        else:
+            detail = f"the callee's side answered {event.status} {event.reason}"
+            default = (Result.REJECTED, Reason.CALLEE_REJECTED, event.status if event.status >= 400 else 480)
+            result, reason, status = CALLEE_ANSWERS.get(event.status, default)
+            termination = Termination(result, reason, status, LegName.CALLEE, detail)
+        self._release(termination, now, phrase=event.reason if termination.sip_status == event.status else None)
+
+    def _offered(self, leg: LegName, event: Offered, now: float) -> None:
+        """A leg wants to change the session: it is asked of the other leg, once its lines have ports."""
+        session = self.legs[leg]
+        if self.state in _SETTING_UP:
+            # The callee has not answered, so nobody can say what it would take (RFC 3311 section 5.2).
+            self._perform(leg, session.refuse(504, None, now), now)
+            return
+        sdp = self._parse(event.sdp)
+        if sdp is None:
+            self._perform(leg, session.refuse(400, "Malformed SDP", now), now)
+            return
+        if self._pending is not None or self.state is not CallState.ESTABLISHED:
+            self._perform(leg, session.refuse(491, None, now), now)
+            return
+        self._pending = _PendingOffer(leg, sdp, event.method)
+        if self.media.plan(sdp):
+            self._effects.append(UpdateMedia(self.media.spec()))
+        else:
+            self._forward_offer(self._pending, now)
+
+    def _forward_offer(self, pending: _PendingOffer, now: float) -> None:
+        pending.forwarded = True
+        other = pending.by.opposite
+        told = self.media.describe(other, pending.sdp)
+        self._perform(other, self.legs[other].offer(told, pending.method, now), now)
+
+    def _answered(self, leg: LegName, event: Answered, now: float) -> None:
+        sdp = self._parse(event.sdp)
+        pending = self._pending
+        if self._late_offer is not None and leg is LegName.CALLER:
+            self._late_answer(sdp, now)
+            return
+        if pending is None or pending.by is leg:
+            # The answer to a description of ours that only repeated what was agreed.
+            if sdp is not None:
+                self.media.learn(leg, sdp)
+                self._effects.append(UpdateMedia(self.media.spec()))
+            return
+        self._pending = None
+        offerer = self.legs[pending.by]
+        if sdp is None:
+            self._perform(pending.by, offerer.refuse(502, None, now), now)
+            return
+        self.media.learn(pending.by, pending.sdp)
+        self.media.learn(leg, sdp)
+        self._effects.append(UpdateMedia(self.media.spec()))
+        self._perform(pending.by, offerer.answer(self.media.describe(pending.by, sdp), now), now)
+
+    def _late_answer(self, sdp: SessionDescription | None, now: float) -> None:
+        """The caller's ACK answers the callee's offer: the callee's ACK, which waited for it, can go."""
+        self._late_offer = None
+        if sdp is None:
+            self._release(self._failure(Reason.BAD_ANSWER, "the answer in the caller's ACK cannot be read"), now)
+            return
+        self.media.learn(LegName.CALLER, sdp)
+        self._effects.append(UpdateMedia(self.media.spec()))
+        told = self.media.describe(LegName.CALLEE, sdp)
+        self._perform(LegName.CALLEE, self.legs[LegName.CALLEE].answer(told, now), now)
+
+    def _offer_rejected(self, leg: LegName, event: OfferRejected, now: float) -> None:
+        pending, self._pending = self._pending, None
+        if self._late_offer is not None and leg is LegName.CALLER:
+            self._release(self._failure(Reason.BAD_ANSWER, event.reason), now)
+        elif pending is not None and pending.by is not leg:
+            status = event.status if event.status >= 400 else 488
+            self._perform(pending.by, self.legs[pending.by].refuse(status, event.reason or None, now), now)
+
+    def _session_ended(self, leg: LegName, event: Ended, now: float) -> None:
+        by = leg if event.cause is EndCause.BYE else None
+        if self.times.answered is not None:
+            termination = Termination(Result.ANSWERED, END_REASONS[event.cause], 200, by)
+        elif event.cause is EndCause.BYE:
+            termination = Termination(Result.CANCELLED, Reason.CALLER_CANCELLED, 487, by, "BYE before the answer")
+        else:
+            termination = Termination(Result.FAILED, END_REASONS[event.cause], 504, by)
+        self._release(termination, now)
+
+    # ---- what the data plane says ----------------------------------------------------------------------------------
+
+    def _media_opened(self, event: MediaOpened, now: float) -> None:
+        if self.state is not CallState.RESERVING:
+            return
+        self.media.bound(event.ports)
+        self.state = CallState.INVITING
+        self._deadline = now + self.limits.ring_timeout_s
+        offer = self.media.sides[LegName.CALLER].remote
+        told = self.media.describe(LegName.CALLEE, offer) if offer is not None else b""
+        parties = self.parties
+        outputs = self.legs[LegName.CALLEE].invite(
+            parties.request_uri,
+            caller=parties.shown_caller,
+            callee=parties.shown_callee,
+            sdp=told,
+            max_forwards=parties.max_forwards,
+        )
+        self._perform(LegName.CALLEE, outputs, now)
+        self._publish(CallEventKind.FORWARDED, now)
+
+    def _media_failed(self, event: MediaFailed, now: float) -> None:
+        if self.state is CallState.RESERVING:
+            self._media_open = False
+            self._release(self._failure(MEDIA_FAILURES[event.failure], event.detail), now)
+        elif self._pending is not None and not self._pending.forwarded:
+            pending, self._pending = self._pending, None
+            self._perform(pending.by, self.legs[pending.by].refuse(488, None, now), now)
+        elif event.failure is not MediaFailure.UNAVAILABLE or self._late_offer is not None:
+            # An unavailable data plane is told again what is wanted when it is back; MediaLost comes if it is not.
+            self._release(self._failure(Reason.MEDIA_LOST, event.detail), now)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def _failure(self, reason: Reason, detail: str) -> Termination:
+        if self.times.answered is not None:
+            return Termination(Result.ANSWERED, reason, 200, detail=detail)
+        return Termination(Result.FAILED, reason, 503, detail=detail)
+
+    def _release(self, termination: Termination, now: float, phrase: str | None = None) -> None:
+        """Ends both legs in the way their states ask for, and the media; the record follows with its statistics."""
+        if self.state in _OVER:
+            return
+        self.state = CallState.RELEASING
+        self.termination = termination
+        self._pending = None
+        headers = [("Reason", f'SIP;cause={termination.sip_status};text="{termination.reason.value}"')]
+        if termination.sip_status == 503:
+            headers.append(("Retry-After", str(self.limits.retry_after_s)))
+        for leg, session in self.legs.items():
+            self._perform(leg, session.terminate(termination.sip_status, phrase, tuple(headers)), now)
+        if self._media_open:
+            self._deadline = now + RELEASE_TIMEOUT_S
+            self._effects.append(CloseMedia(self.media.session_id))
+        else:
+            self._ended((), now)
+
+    def _ended(self, streams: tuple[StreamRecord, ...] | None, now: float) -> None:
+        if self.state is not CallState.RELEASING or self.termination is None:
+            return
+        self.state = CallState.ENDED
+        self._deadline = None
+        self._publish(CallEventKind.ENDED, now, self._record(self.termination, streams, now))
+
+    def _record(self, termination: Termination, streams: tuple[StreamRecord, ...] | None, now: float) -> CallRecord:
+        times = self.times
+        until = now if times.answered is None else times.answered
+        return CallRecord(
+            call_id=self.call_id,
+            direction=self.parties.direction,
+            caller=self.parties.caller,
+            callee=self.parties.callee,
+            invited_at=times.utc,
+            ringing_at=times.at(times.ringing),
+            answered_at=times.at(times.answered),
+            ended_at=times.utc + timedelta(seconds=now - times.invited),
+            setup_s=until - times.invited,
+            duration_s=0.0 if times.answered is None else now - times.answered,
+            termination=termination,
+            legs=self.leg_records(self),
+            streams=streams or (),
+            media_complete=streams is not None,
+        )
+
+    # ---- building blocks -------------------------------------------------------------------------------------------
+
+    def _publish(self, kind: CallEventKind, now: float, record: CallRecord | None = None) -> None:
+        parties, times = self.parties, self.times
+        elapsed = now - times.invited
+        at = times.utc + timedelta(seconds=elapsed)
+        event = CallEvent(kind, self.call_id, at, parties.direction, parties.caller, parties.callee, elapsed, record)
+        self._effects.append(Publish(event))
+
+    @staticmethod
+    def _parse(body: bytes) -> SessionDescription | None:
+        try:
+            return SessionDescription.parse(body)
+        except RemoteProtocolError:
+            return None
+
+    def _take(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
