@@ -45,12 +45,19 @@ TIMERS = Timers()
 NO_TRANSACTIONS = {"ict": 0, "nict": 0, "ist": 0, "nist": 0}
 
 
-def make_stack(address: Address = OURS, *, server_name: str = "pbx", max_server_transactions: int = 1000) -> SipStack:
+def make_stack(
+    address: Address = OURS,
+    *,
+    advertised: Callable[[Flow], Address] | None = None,
+    timers: Timers = TIMERS,
+    server_name: str = "pbx",
+    max_server_transactions: int = 1000,
+) -> SipStack:
     tokens = (f"token-{number}" for number in itertools.count(1))
     return SipStack(
-        advertised=lambda _: address,
+        advertised=advertised or (lambda _: address),
         new_token=lambda: next(tokens),
-        timers=TIMERS,
+        timers=timers,
         server_name=server_name,
         max_server_transactions=max_server_transactions,
     )
@@ -669,6 +676,14 @@ def test_a_response_with_the_sent_by_of_somebody_else_is_discarded(sent_by: byte
     assert output.reason is DiscardReason.MISROUTED_RESPONSE
 
 
+def test_a_response_may_come_from_another_address_than_the_request_went_to() -> None:
+    stack = make_stack(advertised=lambda to: OURS if to == flow() else Address("10.0.0.1", 5060))
+    request, transaction = started(stack, "BYE")
+    (event,) = stack.receive(response_to(request, 200).encode(), flow("192.0.2.11"), NOW)
+    assert isinstance(event, ResponseReceived)
+    assert (event.transaction, event.flow) == (transaction, flow("192.0.2.11"))
+
+
 @pytest.mark.rfc("3261", "8.1.3.3")
 def test_a_response_with_more_than_one_via_is_discarded() -> None:
     stack = make_stack()
@@ -814,6 +829,20 @@ def test_the_next_deadline_is_never_earlier_than_something_to_do() -> None:
     assert stack.next_deadline() is None
     reply(stack, request, 200, now=NOW + 1)
     assert stack.next_deadline() == NOW + 33
+
+
+def test_a_stale_deadline_does_not_end_a_later_transaction_of_the_same_name() -> None:
+    stack = make_stack(timers=Timers(t4=1.0))
+    event = new_invite(stack)
+    stack.respond(event.transaction, response_to(event.request, 486), NOW)
+    for after in (0.5, 1.5, 3.5, 7.5):  # timer G, due again after 11.5
+        stack.handle_timer(NOW + after)
+    stack.receive(request_bytes("ACK", to="<sip:1002@example.test>;tag=to-1"), flow(), NOW + 7.6)
+    stack.handle_timer(NOW + 8.6)  # timer I
+    assert stack.counts() == NO_TRANSACTIONS
+    received(stack.receive(request_bytes("INVITE"), flow(), NOW + 9))
+    stack.handle_timer(NOW + 12)
+    assert stack.counts() == {**NO_TRANSACTIONS, "ist": 1}
 
 
 def test_an_alarm_that_fires_too_early_does_nothing() -> None:
