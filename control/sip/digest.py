@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
-from types import MappingProxyType
 from typing import Final
 
 from control.sip.errors import RemoteProtocolError
@@ -24,7 +23,6 @@ from control.sip.headers import Uri, quote, split_commas, unquote_string
 MAX_REMEMBERED_NONCES: Final = 65536
 
 _NONCE_COUNT: Final = re.compile(r"[0-9A-Fa-f]{8}")
-_NO_HASHES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 def _hash(algorithm: str, text: str) -> str:
@@ -39,7 +37,7 @@ class Password:
     """A user's secret: in plain text, or as H(username:realm:password) in hexadecimal by algorithm name, or both."""
 
     plain: str | None = field(default=None, repr=False)
-    ha1: Mapping[str, str] = field(default=_NO_HASHES, repr=False)
+    ha1: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class DenialReason(StrEnum):
