@@ -1,0 +1,630 @@
+"""The transaction user: dispatches what the stack reports, feeds the calls, and performs their effects.
+
+It holds the tables (calls by id, legs by dialog) and one alarm for all machines; rules are in control.sip and control.pbx.
+Requests from trunks are trusted by source address, all others are challenged (RFC 3261 section 22).
+"""
+
+import asyncio
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Final, Protocol, assert_never
+
+import structlog
+
+from control.metrics import ControlMetrics
+from control.pbx.admission import Admission
+from control.pbx.call import Call, CallLimits, CallState, CloseMedia, Effect, OpenMedia, Parties, Publish, UpdateMedia
+from control.pbx.call_media import CallMedia, MediaAddress, sdp_number
+from control.pbx.media import MediaFailure, MediaInput, MediaSpec
+from control.pbx.records import (
+    CallDirection,
+    CallEvent,
+    CallEventKind,
+    CallId,
+    CallRecord,
+    LegName,
+    LegRecord,
+    Reason,
+    Result,
+    Termination,
+)
+from control.pbx.registrar import Registrar
+from control.pbx.routing import Caller, Refusal, Route, Router, Target
+from control.pbx.trunks import Trunks
+from control.settings import Settings
+from control.sip.address import Address, Flow
+from control.sip.digest import Denied, DenialReason, DigestAuthenticator, Password, Verified
+from control.sip.errors import LocalProtocolError, RemoteProtocolError
+from control.sip.headers import NameAddr, Uri
+from control.sip.message import Request, Response, build_response
+from control.sip.session import (
+    ALLOW,
+    SDP,
+    SUPPORTED,
+    InviteSession,
+    LocalParty,
+    SendAck,
+    SendCancel,
+    SendRequest,
+    SendResponse,
+    StackEvent,
+    refusal,
+)
+from control.sip.stack import (
+    AckReceived,
+    CancelReceived,
+    Discarded,
+    RequestReceived,
+    ResponseReceived,
+    SipStack,
+    TransactionFailed,
+    Transmit,
+)
+from control.sip.stack import Output as StackOutput
+from control.sip.transaction import Timers, TransactionId
+
+# Requests that exist inside dialogs only (RFC 3261 section 12.2.2), and all that we know of.
+IN_DIALOG: Final = frozenset({"BYE", "PRACK", "UPDATE", "INFO"})
+KNOWN: Final = IN_DIALOG | {"INVITE", "ACK", "CANCEL", "OPTIONS", "REGISTER", "MESSAGE", "NOTIFY", "SUBSCRIBE", "REFER",
+                            "PUBLISH"}  # fmt: skip
+OUT_OF_DIALOG_ALLOW: Final = f"{ALLOW}, REGISTER"
+DEFAULT_MAX_FORWARDS: Final = 70
+CLOSE_PATIENCE_S: Final = 4.0
+
+_log = structlog.get_logger(__name__)
+
+
+class MediaPort(Protocol):
+    """The data plane as calls use it: wishes return at once, each has one MediaInput for an answer."""
+
+    def open(self, spec: MediaSpec) -> None:
+        """Make a session."""
+
+    def update(self, spec: MediaSpec) -> None:
+        """Change a session."""
+
+    def close(self, session_id: str) -> None:
+        """End a session."""
+
+    def unavailable(self) -> MediaFailure | None:
+        """Why no session could be made now; None when one could."""
+
+
+# Why a call is refused before anybody is rung, while the data plane cannot take it.
+_MEDIA_REASONS: Final = {
+    MediaFailure.PORTS_EXHAUSTED: (Reason.PORTS_EXHAUSTED, "no port block is free"),
+    MediaFailure.UNAVAILABLE: (Reason.MEDIA_UNAVAILABLE, "the data plane is not available"),
+    MediaFailure.REFUSED: (Reason.MEDIA_UNAVAILABLE, "the data plane takes no sessions"),
+}
+
+
+class B2bua:
+    """Joins stack, calls, registrar and data plane in one event loop."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        stack: SipStack,
+        registrar: Registrar,
+        router: Router,
+        trunks: Trunks,
+        admission: Admission,
+        authenticator: DigestAuthenticator,
+        media: MediaPort,
+        transmit: Callable[[bytes, Flow], None],
+        publish: Callable[[CallEvent], None],
+        metrics: ControlMetrics,
+        new_token: Callable[[], str],
+        clock: Callable[[], float],
+        utc_now: Callable[[], datetime],
+    ) -> None:
+        self._settings = settings
+        self._stack = stack
+        self._registrar = registrar
+        self._router = router
+        self._trunks = trunks
+        self._admission = admission
+        self._authenticator = authenticator
+        self._media = media
+        self._transmit = transmit
+        self._publish = publish
+        self._metrics = metrics
+        self._new_token = new_token
+        self._clock = clock
+        self._utc_now = utc_now
+        self._random = random.SystemRandom().random
+        self._timers = Timers(settings.sip.timers.t1_s, settings.sip.timers.t2_s, settings.sip.timers.t4_s)
+        self._limits = CallLimits(
+            settings.sip.ring_timeout_s, settings.sip.max_call_duration_s, settings.limits.retry_after_s
+        )
+        self._users = {user.name: user for user in settings.users}
+        self._advertised = {listener.name: listener for listener in settings.sip.listeners}
+        self._media_addresses = {
+            address.version: MediaAddress(address.bind, address.advertise) for address in settings.media.addresses
+        }
+        self._calls: dict[CallId, Call] = {}
+        self._legs: dict[tuple[str, str], tuple[Call, LegName]] = {}
+        self._transactions: dict[TransactionId, tuple[Call, LegName]] = {}
+        self._transactions_of: dict[CallId, list[TransactionId]] = {}
+        # A call stands here once for each deadline it has had; entries that no longer hold are passed over.
+        self._deadlines: list[tuple[float, int, Call]] = []
+        self._entries = itertools.count()
+        self._alarm: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # ---- inputs ----------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, flow: Flow) -> None:
+        """Takes one datagram."""
+        if len(data) > self._settings.limits.max_message_bytes:
+            self._metrics.error("sip", "too-big")
+            return
+        now = self._clock()
+        self._perform_stack(self._stack.receive(data, flow, now), now)
+        self._arm()
+
+    def media_input(self, event: MediaInput) -> None:
+        """Takes what the data plane says."""
+        call = self._calls.get(CallId(event.session_id))
+        if call is None:
+            return
+        now = self._clock()
+        self._perform(call, call.receive_media(event, now), now)
+        self._arm()
+
+    def active_calls(self) -> Mapping[str, int]:
+        """How many calls there are that have not ended, by state."""
+        counts = Counter(call.state.value for call in self._calls.values())
+        return {state.value: counts[state.value] for state in CallState if state is not CallState.ENDED}
+
+    async def close(self) -> None:
+        """Ends all calls, and waits a while for their media statistics and for the answers of the far ends."""
+        now = self._clock()
+        self._admission.draining = True
+        for call in list(self._calls.values()):
+            detail = "the system stops"
+            answered = call.times.answered is not None
+            termination = (
+                Termination(Result.ANSWERED, Reason.DRAINING, 200, detail=detail)
+                if answered
+                else Termination(Result.FAILED, Reason.DRAINING, 503, detail=detail)
+            )
+            self._perform(call, call.hang_up(termination, now), now)
+        self._arm()
+        try:
+            await asyncio.wait_for(self._idle.wait(), CLOSE_PATIENCE_S)
+        except TimeoutError:
+            _log.warning("calls.unanswered_at_stop", calls=len(self._calls))
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
+
+    # ---- what the stack reports ------------------------------------------------------------------------------------
+
+    def _perform_stack(self, outputs: Iterable[StackOutput], now: float) -> None:
+        for output in outputs:
+            match output:
+                case Transmit():
+                    self._metrics.sip_message("out", output.label, output.flow.transport)
+                    self._transmit(output.data, output.flow)
+                case RequestReceived():
+                    self._guard(output, now)
+                case ResponseReceived():
+                    key = (output.response.call_id, output.response.from_.tag or "")
+                    self._to_leg(self._legs.get(key), output, now)
+                case AckReceived():
+                    key = (output.request.call_id, output.request.to.tag or "")
+                    self._to_leg(self._legs.get(key), output, now)
+                case CancelReceived():
+                    self._to_leg(self._transactions.get(output.transaction), output, now)
+                case TransactionFailed():
+                    self._to_leg(self._transactions.get(output.transaction), output, now)
+                case Discarded():
+                    self._metrics.sip_discarded(output.reason.value)
+                    _log.debug("sip.message_discarded", source=str(output.flow.remote), detail=output.detail)
+                case _:
+                    assert_never(output)
+
+    def _guard(self, event: RequestReceived, now: float) -> None:
+        """Dispatches a request; whatever is wrong with it is answered, and a bug of ours costs this request alone."""
+        request = event.request
+        try:
+            self._dispatch(event, now)
+        except RemoteProtocolError as error:
+            self._answer(event.transaction, refusal(request, error, self._new_token()), now)
+        except LocalProtocolError:
+            self._metrics.error("sip", "local-protocol-error")
+            _log.exception("sip.request_failed", method=request.method, sip_call_id=request.call_id)
+            self._answer(event.transaction, build_response(request, 500, to_tag=self._new_token()), now)
+
+    def _dispatch(self, event: RequestReceived, now: float) -> None:
+        request = event.request
+        if request.to.tag is not None:
+            entry = self._legs.get((request.call_id, request.to.tag))
+            if entry is None or not self._is_of_peer(entry, request):
+                self._answer(event.transaction, build_response(request, 481), now)
+                return
+            self._to_leg(entry, event, now)
+            return
+        match request.method:
+            case "INVITE":
+                self._invited(event, now)
+            case "REGISTER":
+                self._register(event, now)
+            case "OPTIONS":
+                response = self._refuse(request, 200)
+                response.headers.add("Accept", SDP)
+                response.headers.add("Supported", SUPPORTED)
+                self._answer(event.transaction, response, now)
+            case method if method in IN_DIALOG:
+                self._answer(event.transaction, build_response(request, 481, to_tag=self._new_token()), now)
+            case method:
+                self._answer(event.transaction, self._refuse(request, 405 if method in KNOWN else 501), now)
+
+    @staticmethod
+    def _is_of_peer(entry: tuple[Call, LegName], request: Request) -> bool:
+        dialog = entry[0].legs[entry[1]].dialog
+        return dialog is not None and (dialog.remote.tag or "") == (request.from_.tag or "")
+
+    def _to_leg(self, entry: tuple[Call, LegName] | None, event: StackEvent, now: float) -> None:
+        if entry is not None:
+            call, leg = entry
+            self._perform(call, call.receive(leg, event, now), now)
+
+    # ---- registration and authentication ---------------------------------------------------------------------------
+
+    def _register(self, event: RequestReceived, now: float) -> None:
+        request = event.request
+        if request.require:
+            raise RemoteProtocolError(420, ", ".join(sorted(request.require)), "Require", request)
+        verdict = self._authenticate(request, "Authorization", now)
+        if isinstance(verdict, Denied):
+            self._metrics.registration("challenged" if verdict.reason is DenialReason.MISSING else "denied")
+            self._deny(event, verdict, now, status=401)
+            return
+        result = self._registrar.receive(request, event.flow, verdict.username, now)
+        status = result.response.status
+        self._metrics.registration("ok" if status == 200 else "rejected")
+        for binding in result.added:
+            _log.info(
+                "registration.added", user=binding.aor, contact=str(binding.contact), source=str(event.flow.remote)
+            )
+        for binding in result.removed:
+            _log.info("registration.removed", user=binding.aor, contact=str(binding.contact))
+        if status != 200:
+            _log.warning(
+                "registration.refused", user=verdict.username, sip_status=status, source=str(event.flow.remote)
+            )
+        self._answer(event.transaction, self._tagged(result.response), now)
+
+    def _authenticate(self, request: Request, header: str, now: float) -> Verified | Denied:
+        verdict = self._authenticator.verify(
+            request.method, request.uri, request.headers.get_all(header), self._password_of, now
+        )
+        outcome = "ok" if isinstance(verdict, Verified) else verdict.reason.value
+        self._metrics.authentication(request.method, outcome)
+        return verdict
+
+    def _password_of(self, username: str) -> Password | None:
+        user = self._users.get(username)
+        if user is None:
+            return None
+        if user.password is not None:
+            return Password(plain=user.password.get_secret_value())
+        if user.ha1 is None:
+            return None
+        hashes = {"MD5": user.ha1.md5, "SHA-256": user.ha1.sha256}
+        return Password(ha1={name: value.get_secret_value() for name, value in hashes.items() if value is not None})
+
+    def _deny(self, event: RequestReceived, verdict: Denied, now: float, *, status: int) -> None:
+        """Challenges a request; wrong credentials are refused for good, so that nobody goes on trying with them."""
+        request = event.request
+        if verdict.reason in (DenialReason.MISSING, DenialReason.STALE, DenialReason.REPLAYED):
+            response = build_response(request, status, to_tag=self._new_token())
+            header = "WWW-Authenticate" if status == 401 else "Proxy-Authenticate"
+            for value in self._authenticator.challenges(now, stale=verdict.reason is not DenialReason.MISSING):
+                response.headers.add(header, value)
+            self._answer(event.transaction, response, now)
+            return
+        _log.warning(
+            "authentication.failed",
+            method=request.method,
+            user=verdict.username,
+            source=str(event.flow.remote),
+            reason=verdict.reason.value,
+        )
+        self._answer(event.transaction, build_response(request, 403, to_tag=self._new_token()), now)
+
+    # ---- a new call ------------------------------------------------------------------------------------------------
+
+    def _invited(self, event: RequestReceived, now: float) -> None:
+        request, flow = event.request, event.flow
+        uri = Uri.parse(request.uri)
+        trunk = self._trunks.of_source(flow.remote)
+        shown = request.from_.uri.username or "anonymous"
+        if trunk is None:
+            verdict = self._authenticate(request, "Proxy-Authorization", now)
+            if isinstance(verdict, Denied):
+                if verdict.reason in (DenialReason.WRONG, DenialReason.MALFORMED):
+                    detail = f"credentials of {verdict.username or 'nobody'}: {verdict.reason.value}"
+                    refused = Refusal(403, Reason.WRONG_CREDENTIALS, detail)
+                    self._record_refusal(event, refused, CallDirection.INTERNAL, shown, uri, now)
+                self._deny(event, verdict, now, status=407)
+                return
+            shown = verdict.username
+        caller = Caller(trunk=trunk.name) if trunk is not None else Caller(user=shown)
+        direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
+        verdict_or_route = self._room_for(flow, now) or self._router.route(caller, uri, now)
+        if isinstance(verdict_or_route, Refusal):
+            self._refuse_call(event, verdict_or_route, direction, shown, uri, now)
+            return
+        self._start_call(event, caller, shown, verdict_or_route, now)
+
+    def _room_for(self, flow: Flow, now: float) -> Refusal | None:
+        active = sum(self.active_calls().values())
+        refused = self._admission.admit(flow.remote, active, now)
+        if refused is not None:
+            return refused
+        failure = self._media.unavailable()
+        if failure is None:
+            return None
+        reason, detail = _MEDIA_REASONS[failure]
+        return Refusal(503, reason, detail, self._admission.retry_after_s)
+
+    def _start_call(self, event: RequestReceived, caller: Caller, shown: str, route: Route, now: float) -> None:
+        request, target = event.request, route.targets[0]
+        session_id = self._new_token()
+        addresses: dict[LegName, MediaAddress] = {}
+        for leg, flow in ((LegName.CALLER, event.flow), (LegName.CALLEE, target.flow)):
+            addresses[leg] = self._media_addresses[6 if ":" in flow.remote.host else 4]
+        parties = self._parties(request, caller, shown, route, target)
+        caller_session = InviteSession.of_caller(
+            event,
+            symmetric=caller.user is not None,
+            party=self._party(parties.callee, event.flow),
+            timers=self._timers,
+            new_token=self._new_token,
+            random=self._random,
+        )
+        callee_session = InviteSession.of_callee(
+            flow=target.flow,
+            symmetric=target.user is not None,
+            party=self._party(parties.caller, target.flow),
+            timers=self._timers,
+            new_token=self._new_token,
+            random=self._random,
+        )
+        call = Call.between(
+            CallId(session_id),
+            parties,
+            caller=caller_session,
+            callee=callee_session,
+            leg_records=_leg_records(request),
+            media=CallMedia.between(
+                session_id,
+                self._settings.media.mode,
+                self._settings.media.latch_policy,
+                addresses=addresses,
+                signalling={LegName.CALLER: event.flow.remote.host, LegName.CALLEE: target.flow.remote.host},
+                session_ids={leg: sdp_number(self._new_token()) for leg in LegName},
+            ),
+            limits=self._limits,
+            offer=request.body,
+            utc=self._utc_now(),
+            now=now,
+        )
+        self._calls[call.call_id] = call
+        self._idle.clear()
+        self._own(event.transaction, call, LegName.CALLER)
+        for leg, session in call.legs.items():
+            self._legs[session.sip_call_id, session.local_tag] = (call, leg)
+        self._perform(call, call.start(now), now)
+
+    def _parties(self, request: Request, caller: Caller, shown: str, route: Route, target: Target) -> Parties:
+        """Who is on the call. The callee's leg names the caller at our own address, never at its own."""
+        here = self._address_at(target.flow)
+        user = self._users.get(caller.user) if caller.user is not None else None
+        display_name = (user.display_name or None) if user is not None else request.from_.display_name
+        hops = request.max_forwards
+        return Parties(
+            direction=route.direction,
+            caller=shown,
+            callee=route.number,
+            shown_caller=NameAddr(_uri(shown, here), display_name or request.from_.display_name),
+            shown_callee=NameAddr(replace(target.uri, params=(), headers="")),
+            request_uri=str(target.uri),
+            max_forwards=(DEFAULT_MAX_FORWARDS if hops is None else hops) - 1,
+            caller_user=caller.user,
+            caller_trunk=caller.trunk,
+            callee_user=target.user,
+            callee_trunk=target.trunk,
+        )
+
+    def _party(self, name: str, flow: Flow) -> LocalParty:
+        return LocalParty(NameAddr(_uri(name, self._address_at(flow))), self._settings.sip.server_name)
+
+    def _address_at(self, flow: Flow) -> Address:
+        listener = self._advertised[flow.listener]
+        return Address(listener.advertise, listener.advertised_port)
+
+    def _refuse_call(
+        self, event: RequestReceived, refused: Refusal, direction: CallDirection, shown: str, uri: Uri, now: float
+    ) -> None:
+        self._record_refusal(event, refused, direction, shown, uri, now)
+        response = build_response(event.request, refused.status, to_tag=self._new_token())
+        if refused.retry_after_s is not None:
+            response.headers.add("Retry-After", str(refused.retry_after_s))
+        self._answer(event.transaction, response, now)
+
+    def _record_refusal(
+        self, event: RequestReceived, refused: Refusal, direction: CallDirection, shown: str, uri: Uri, now: float
+    ) -> None:
+        """Publishes a call that never was: started, and ended with its reason."""
+        at = self._utc_now()
+        call_id = CallId(self._new_token())
+        callee = uri.username or uri.opaque
+        leg = _leg_record(event.request, event.flow.remote, None, None)
+        record = CallRecord(
+            call_id=call_id,
+            direction=direction,
+            caller=shown,
+            callee=callee,
+            invited_at=at,
+            ringing_at=None,
+            answered_at=None,
+            ended_at=at,
+            setup_s=0.0,
+            duration_s=0.0,
+            termination=Termination(Result.REJECTED, refused.reason, refused.status, detail=refused.detail),
+            legs=(leg,),
+        )
+        started = CallEvent(CallEventKind.STARTED, call_id, at, direction, shown, callee, 0.0)
+        self._publish(started)
+        self._publish(replace(started, kind=CallEventKind.ENDED, record=record))
+
+    # ---- effects ---------------------------------------------------------------------------------------------------
+
+    def _perform(self, call: Call, effects: Iterable[Effect], now: float) -> None:
+        for effect in effects:
+            match effect:
+                case SendRequest():
+                    transaction = self._stack.client_id(effect.branch, effect.request.method)
+                    self._own(transaction, call, self._leg_of(call, effect.request))
+                    self._perform_stack(self._stack.send_request(effect.request, effect.flow, effect.branch, now), now)
+                case SendAck():
+                    self._perform_stack(self._stack.send_ack(effect.request, effect.flow, effect.branch), now)
+                case SendResponse():
+                    self._perform_stack(self._stack.respond(effect.transaction, effect.response, now), now)
+                case SendCancel():
+                    self._perform_stack(self._stack.cancel(effect.transaction, now), now)
+                case OpenMedia():
+                    self._media.open(effect.spec)
+                case UpdateMedia():
+                    self._media.update(effect.spec)
+                case CloseMedia():
+                    self._media.close(effect.session_id)
+                case Publish():
+                    self._publish(effect.event)
+                case _:
+                    assert_never(effect)
+        if call.done:
+            self._forget(call)
+        elif (deadline := call.next_deadline()) is not None:
+            heapq.heappush(self._deadlines, (deadline, next(self._entries), call))
+
+    def _own(self, transaction: TransactionId, call: Call, leg: LegName) -> None:
+        self._transactions[transaction] = (call, leg)
+        self._transactions_of.setdefault(call.call_id, []).append(transaction)
+
+    @staticmethod
+    def _leg_of(call: Call, request: Request) -> LegName:
+        return next(leg for leg, session in call.legs.items() if session.sip_call_id == request.call_id)
+
+    def _answer(self, transaction: TransactionId, response: Response, now: float) -> None:
+        self._perform_stack(self._stack.respond(transaction, response, now), now)
+
+    def _refuse(self, request: Request, status: int) -> Response:
+        response = build_response(request, status, to_tag=self._new_token())
+        response.headers.add("Allow", OUT_OF_DIALOG_ALLOW)
+        return response
+
+    def _tagged(self, response: Response) -> Response:
+        response.headers.set("To", str(response.to.with_tag(response.to.tag or self._new_token())))
+        return response
+
+    def _forget(self, call: Call) -> None:
+        if self._calls.pop(call.call_id, None) is None:
+            return
+        for session in call.legs.values():
+            self._legs.pop((session.sip_call_id, session.local_tag), None)
+        for transaction in self._transactions_of.pop(call.call_id, ()):
+            self._transactions.pop(transaction, None)
+        if not self._calls:
+            self._idle.set()
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        """Sets the one alarm to the earliest deadline of all machines."""
+        while self._deadlines and self._is_stale(self._deadlines[0]):
+            heapq.heappop(self._deadlines)
+        due = [self._stack.next_deadline(), self._registrar.next_deadline()]
+        if self._deadlines:
+            due.append(self._deadlines[0][0])
+        at = min((moment for moment in due if moment is not None), default=None)
+        if self._alarm is not None:
+            if at is not None and self._alarm.when() == at:
+                return
+            self._alarm.cancel()
+            self._alarm = None
+        if at is not None:
+            self._alarm = asyncio.get_running_loop().call_at(at, self._ring, at)
+
+    def _is_stale(self, entry: tuple[float, int, Call]) -> bool:
+        deadline, _, call = entry
+        return call.call_id not in self._calls or call.next_deadline() != deadline
+
+    def _ring(self, due: float) -> None:
+        self._alarm = None
+        now = max(due, self._clock())
+        self._perform_stack(self._stack.handle_timer(now), now)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry = heapq.heappop(self._deadlines)
+            if not self._is_stale(entry):
+                self._perform(entry[2], entry[2].handle_timer(now), now)
+        for binding in self._registrar.expire(now):
+            _log.info("registration.expired", user=binding.aor, contact=str(binding.contact))
+        self._arm()
+
+
+def _uri(user: str, address: Address) -> Uri:
+    return Uri("sip", _escaped(user), address.host, address.port)
+
+
+def _escaped(user: str) -> str:
+    """A user part as a URI writes it (RFC 3261 section 25.1, user)."""
+    plain = "-_.!~*'()&=+$,;?/"
+    return "".join(c if c.isascii() and (c.isalnum() or c in plain) else f"%{ord(c) & 0xFF:02X}" for c in user)
+
+
+def _leg_record(request: Request, remote: Address, user: str | None, trunk: str | None) -> LegRecord:
+    return LegRecord(
+        name=LegName.CALLER,
+        sip_call_id=request.call_id,
+        from_uri=str(request.from_.uri),
+        to_uri=str(request.to.uri),
+        remote=str(remote),
+        trunk=trunk,
+        user=user,
+        user_agent=request.user_agent,
+    )
+
+
+def _leg_records(request: Request) -> Callable[[Call], tuple[LegRecord, ...]]:
+    """Makes the records of both legs when the call has ended, with the parties as they stood on the wire."""
+
+    def legs(call: Call) -> tuple[LegRecord, ...]:
+        parties = call.parties
+        caller, callee = call.legs[LegName.CALLER], call.legs[LegName.CALLEE]
+        return (
+            _leg_record(request, caller.flow.remote, parties.caller_user, parties.caller_trunk),
+            LegRecord(
+                name=LegName.CALLEE,
+                sip_call_id=callee.sip_call_id,
+                from_uri=str(parties.shown_caller.uri),
+                to_uri=str(parties.shown_callee.uri),
+                remote=str(callee.flow.remote),
+                trunk=parties.callee_trunk,
+                user=parties.callee_user,
+            ),
+        )
+
+    return legs
