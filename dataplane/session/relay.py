@@ -4,9 +4,9 @@ RelayPort is the one owner of these rules, for the userspace engine and for any 
 
 - Latching. Packets of a far end are accepted from the address it signalled; with LatchPolicy.NAT_AWARE also, until
   a source is locked, from another port of that address or from the address of its signalling, a better-ranked source
-  going before a worse one. The exact address locks at once, others after _LOCK_AFTER packets in a row of one SSRC. From
-  then on nothing else is accepted, until the signalled address changes. RTCP follows: its signalled address, or the host
-  that RTP is locked to.
+  going before a worse one. The exact address locks at once, others after _LOCK_AFTER packets in a row of one SSRC.
+  From then on nothing else is accepted, until the signalled address changes. RTCP follows: its signalled address, or
+  the host that RTP is locked to.
 - Destination. Packets for a far end go to its locked source, before that to its signalled address.
 - Direction (RFC 3264 section 5.1) binds RTP; RTCP always flows.
 - RTCP on the RTP port is told apart by its type (RFC 5761 section 4), where the far end multiplexes.

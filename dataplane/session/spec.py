@@ -232,7 +232,7 @@ def _port_plan(spec: SessionSpec, block: PortBlock, leg: Leg, line: int, branch:
 
 def _clock_rates(payload_types: Iterable[PayloadType]) -> Iterable[tuple[int, int]]:
     for payload_type in payload_types:
-        # Packets of one event repeat its start as their timestamp (RFC 4733 section 2.2.1): no jitter can be had of them.
+        # Packets of an event repeat its start as their timestamp (RFC 4733 section 2.2.1): no jitter comes of them.
         is_event = payload_type.encoding_name.lower() == "telephone-event"
         yield payload_type.number, 0 if is_event else payload_type.clock_rate
 
