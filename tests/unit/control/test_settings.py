@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from control.pbx.routing import NatHandling, RouteRule
 from control.pbx.trunks import Trunk
 from control.settings import ENVIRONMENT_PREFIX, Settings, load
-from control.settings_reader import SettingsError
+from sippbx.runtime.settings_reader import SettingsError
 from control.sip.address import Address, Flow, Transport
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "config" / "control.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from control.settings_reader import ContradictionError, Fault, SettingsError, nearest_of, path_of, read
+from sippbx.runtime.settings_reader import ContradictionError, Fault, SettingsError, nearest_of, path_of, read
 
 
 class Phone(BaseModel):
