@@ -174,7 +174,9 @@ class Translator:
                 octets=stream.octets,
                 lost=stream.lost,
                 reordered=stream.reordered,
-                jitter=None if stream.jitter_s is None else Duration(nanos=min(999_999_999, int(stream.jitter_s * 1e9))),
+                jitter=None
+                if stream.jitter_s is None
+                else Duration(nanos=min(999_999_999, int(stream.jitter_s * 1e9))),
                 rtcp_packets=stream.rtcp_packets,
                 relayed_packets=stream.relayed_rtp + stream.relayed_rtcp,
                 first_packet_time=None if stream.first_at is None else self.timestamp(stream.first_at),

@@ -1,0 +1,285 @@
+"""The composition root of the data plane."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import stat
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from dataplane.engine.userspace import UserspaceEngine
+from dataplane.metrics import DataplaneMetrics, Tables
+from dataplane.ports import PortPool
+from dataplane.service.events import CloseReason, EventLog
+from dataplane.service.node import MediaNode
+from dataplane.service.servicer import SERVICE_NAME, MediaServicer
+from dataplane.session.relay import DropReason, StreamSnapshot
+from dataplane.session.spec import Leg
+from dataplane.settings import Settings
+from sippbx.media.v1 import media_service_pb2_grpc
+from sippbx.runtime.lifecycle import Stop, sample_loop_lag
+from sippbx.runtime.probes import ProbeError, ProbeServer
+
+EXIT_CLEAN = 0
+EXIT_CONFIGURATION = 2
+EXIT_ADDRESS = 3
+EXIT_ENGINE = 4
+
+EVENTS_KEPT = 10_000
+TICK_S = 1.0
+COLLECT_S = 1.0
+GRPC_STOP_S = 1.0
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+
+log = structlog.get_logger(__name__)
+
+
+class ListenError(Exception):
+    """The gRPC address cannot be used; the text names it."""
+
+
+async def run(settings: Settings) -> int:
+    """Run the data plane until a stop signal, or until it is told to shut down; return the exit code."""
+    stop = Stop()
+    plane = DataPlane(settings, stop)
+    with stop.on_signals(hangup=_ignore_hangup):
+        try:
+            async with contextlib.AsyncExitStack() as running:
+                await plane.start(running)
+                await stop.draining.wait()
+                await plane.drain()
+                return EXIT_CLEAN
+        except (ProbeError, ListenError) as error:
+            log.error("process.start_failed", error=str(error))
+            return EXIT_ADDRESS
+        except TimeoutError:
+            log.error("process.start_failed", error="the relay worker did not start in time")
+            return EXIT_ENGINE
+
+
+class DataPlane:
+    """Everything that runs."""
+
+    def __init__(self, settings: Settings, stop: Stop) -> None:
+        media, lease = settings.media, settings.lease
+        self._settings = settings
+        self._stop = stop
+        self._starting = True
+        self._totals: Counter[tuple[str, tuple[str, ...]]] = Counter(dict.fromkeys(_packet_labels(), 0))
+        self._live: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.metrics = DataplaneMetrics(_product_version())
+        first, last = media.port_range
+        self.node = MediaNode(
+            PortPool(first, last, media.block_size, media.rest_s),
+            EventLog(EVENTS_KEPT),
+            owner_grace_s=lease.owner_grace_s,
+            tombstone_s=lease.tombstone_s,
+            first_epoch=int(time.time() * 1000),
+            clock=time.monotonic,
+            utc_now=_utc_now,
+        )
+        self._engine = UserspaceEngine(
+            self.node.observe,
+            silence_s=media.silence_s,
+            receive_buffer_bytes=media.receive_buffer_bytes,
+            clock=time.monotonic,
+        )
+        self.node.attach(self._engine)
+
+    async def start(self, running: contextlib.AsyncExitStack) -> None:
+        """Start everything; what was started is stopped in reverse order when `running` closes.
+
+        Raises: ProbeError, ListenError, TimeoutError when the relay worker does not come up.
+        """
+        settings = self._settings
+        self.metrics.register(
+            Tables(
+                gauges=self._gauges,
+                closed=lambda: {reason.value: count for reason, count in self.node.sessions_closed.items()},
+                allocation_failures=lambda: {
+                    refusal.value: count for refusal, count in self.node.allocation_failures.items()
+                },
+                counters=lambda: {
+                    "media_sessions_opened": self.node.sessions_created,
+                    "media_worker_restarts": self._engine.restarts,
+                },
+                packets=lambda: self._totals + self._live,
+            )
+        )
+        probes = ProbeServer(
+            settings.metrics.bind, settings.metrics.port, registry=self.metrics.registry, unready=self.unready
+        )
+        await probes.start()
+        running.push_async_callback(probes.stop)
+        running.push_async_callback(self._engine.close)
+        await self._engine.start()
+        for name, work in (("loop-lag", sample_loop_lag(self.metrics.loop_lag)), ("housekeeping", self._keep_house())):
+            task = asyncio.create_task(work, name=name)
+            running.push_async_callback(_cancelled, task)
+        await self._serve(running)
+        self._starting = False
+        log.info("process.started", listen=settings.grpc.listen, ports=list(settings.media.port_range))
+
+    async def _serve(self, running: contextlib.AsyncExitStack) -> None:
+        listen = self._settings.grpc.listen
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        servicer = MediaServicer(
+            self.node,
+            instance_id=secrets.token_hex(16),
+            version=_product_version(),
+            observe=self.metrics.grpc_request,
+            shut_down=self._stop.draining.set,
+        )
+        media_service_pb2_grpc.add_MediaServiceServicer_to_server(servicer, server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        path = Path(listen.removeprefix("unix://")) if listen.startswith("unix:") else None
+        if path is not None:
+            _make_way(path)
+            running.callback(path.unlink, missing_ok=True)
+        try:
+            server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise ListenError(f"grpc.listen: {listen} cannot be bound: {error}") from error
+        await server.start()
+        if path is not None:
+            path.chmod(0o660)
+        running.push_async_callback(server.stop, GRPC_STOP_S)
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Take no new sessions and relay on until the last has ended, the time is up, or a second signal comes."""
+        self.node.drain("the data plane is stopping")
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        waits = {
+            asyncio.create_task(self.node.empty.wait(), name="last session"),
+            asyncio.create_task(self._stop.now.wait(), name="second signal"),
+        }
+        await asyncio.wait(waits, timeout=self._settings.lease.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        if len(self.node):
+            log.warning("process.sessions_cut", sessions=len(self.node))
+            await self.node.close_all(CloseReason.SHUTDOWN)
+        log.info("process.stopped")
+
+    def unready(self) -> list[str]:
+        """Why the data plane would refuse a session now; empty when it would not."""
+        if self._starting:
+            return ["starting"]
+        capacity = self.node.capacity()
+        return [] if capacity.accepting else [capacity.not_accepting_reason]
+
+    async def _keep_house(self) -> None:
+        """Lets time pass for the node, and collects the figures that metrics show."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await self.node.tick()
+                for stream in self.node.take_closed_streams():
+                    _add(self._totals, stream)
+                async with asyncio.timeout(COLLECT_S):
+                    figures = await self._engine.collect()
+            except Exception:
+                # The border of this task: one failed round must not end it.
+                log.exception("housekeeping.failed")
+                continue
+            live: Counter[tuple[str, tuple[str, ...]]] = Counter()
+            for streams in figures.values():
+                for stream in streams:
+                    _add(live, stream)
+            self._live = live
+
+    def _gauges(self) -> Mapping[str, float]:
+        capacity = self.node.capacity()
+        owner = self.node.owner
+        return {
+            "media_ports_capacity": capacity.blocks_total * capacity.block_size,
+            "media_ports_in_use": capacity.blocks_in_use * capacity.block_size,
+            "media_ports_quarantined": capacity.blocks_resting * capacity.block_size,
+            "media_control_connected": float(owner is not None and owner.connected),
+            "media_accepting": float(capacity.accepting),
+            "media_sessions": len(self.node),
+        }
+
+
+def _packet_labels() -> Iterable[tuple[str, tuple[str, ...]]]:
+    for leg in Leg:
+        for direction in ("rx", "tx"):
+            for kind in ("rtp", "rtcp"):
+                yield "rtp_packets", (direction, kind, leg.value)
+                yield "rtp_bytes", (direction, kind, leg.value)
+        yield "rtp_lost", (leg.value,)
+        yield "rtp_reordered", (leg.value,)
+    for reason in DropReason:
+        yield "rtp_dropped", (reason.value,)
+
+
+def _add(sums: Counter[tuple[str, tuple[str, ...]]], stream: StreamSnapshot) -> None:
+    """Adds a stream: what came from a leg was received there and sent at the opposite one."""
+    leg, other = stream.leg.value, stream.leg.opposite.value
+    for kind, packets, octets, relayed, relayed_octets in (
+        ("rtp", stream.packets, stream.octets, stream.relayed_rtp, stream.relayed_rtp_octets),
+        ("rtcp", stream.rtcp_packets, stream.rtcp_octets, stream.relayed_rtcp, stream.relayed_rtcp_octets),
+    ):
+        sums["rtp_packets", ("rx", kind, leg)] += packets
+        sums["rtp_bytes", ("rx", kind, leg)] += octets
+        sums["rtp_packets", ("tx", kind, other)] += relayed
+        sums["rtp_bytes", ("tx", kind, other)] += relayed_octets
+    sums["rtp_lost", (leg,)] += max(0, stream.lost)
+    sums["rtp_reordered", (leg,)] += stream.reordered
+    for reason, packets in stream.drops:
+        sums["rtp_dropped", (reason.value,)] += packets
+
+
+def _make_way(path: Path) -> None:
+    """Makes the socket's folder, and removes a socket that an earlier process left.
+
+    Raises: ListenError when something else is in the way.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            if not stat.S_ISSOCK(path.stat().st_mode):
+                raise ListenError(f"grpc.listen: {path} exists and is no socket; remove it or choose another path")
+            path.unlink()
+    except OSError as error:
+        raise ListenError(f"grpc.listen: {path} cannot be used: {os.strerror(error.errno or 0)}") from error
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _ignore_hangup() -> None:
+    log.info("process.hangup_ignored", advice="settings are read at the start alone")
+
+
+def _product_version() -> str:
+    try:
+        return version("sip-pbx")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
