@@ -127,7 +127,11 @@ class ControlPlane:
             router=Router(users=users, bindings_of=self._registrar.lookup, trunks=trunks, rules=settings.route_rules()),
             trunks=trunks,
             admission=self._admission,
-            authenticator=DigestAuthenticator(settings.realm, secrets.token_bytes(_SECRET_BYTES)),
+            authenticator=DigestAuthenticator(
+                settings.realm,
+                secrets.token_bytes(_SECRET_BYTES),
+                algorithms=[algorithm.value for algorithm in settings.digest_algorithms],
+            ),
             media=self._media,
             transmit=self._transmit,
             publish=self._events.publish,

@@ -153,6 +153,13 @@ class LogFormat(StrEnum):
     CONSOLE = "console"
 
 
+class DigestAlgorithm(StrEnum):
+    """How passwords are proved (RFC 8760)."""
+
+    SHA_256 = "SHA-256"
+    MD5 = "MD5"
+
+
 class LogSettings(_Section):
     """What is logged and how."""
 
@@ -387,6 +394,11 @@ class Settings(_Section):
 
     node_name: Annotated[NodeName, Field(validate_default=True)] = Field(default_factory=socket.gethostname)
     realm: Realm = "sippbx"
+    # In the order in which they are offered; some phones look at the first challenge alone.
+    digest_algorithms: Annotated[tuple[DigestAlgorithm, ...], Field(min_length=1, max_length=2)] = (
+        DigestAlgorithm.SHA_256,
+        DigestAlgorithm.MD5,
+    )
     log: LogSettings = LogSettings()
     sip: SipSettings = SipSettings()
     registrar: RegistrarSettings = RegistrarSettings()

@@ -203,6 +203,7 @@ class Call:
     _media_open: bool = False
     _pending: _PendingOffer | None = None
     _callee_sdp: SessionDescription | None = None
+    _accepted_sdp: SessionDescription | None = None
     _late_offer: SessionDescription | None = None
     _effects: list[Effect] = field(default_factory=list)
 
@@ -263,8 +264,8 @@ class Call:
                 self.media.bound(event.ports)
                 if self._pending is not None and not self._pending.forwarded:
                     self._forward_offer(self._pending, now)
-                elif self._late_offer is not None and self.state in (CallState.INVITING, CallState.RINGING):
-                    self._accept_caller(self._late_offer, now)
+                elif event.generation == self.media.generation:
+                    self._accept_caller(now)
             case MediaFailed():
                 self._media_failed(event, now)
             case MediaClosed():
@@ -362,27 +363,27 @@ class Call:
             detail = "the callee's answer has no SDP that can be read" if sdp is None else "the callee took no line"
             self._release(Termination(Result.FAILED, Reason.BAD_ANSWER, 502, LegName.CALLEE, detail), now)
             return
-        if self.offer:
-            self._accept_caller(sdp, now)
-            return
-        # The callee's offer answers our INVITE without one: its lines need ports before the caller may hear of them.
-        self.media.plan(sdp)
-        if not self.media.relays(sdp):
-            detail = "no line of the callee's offer is audio or video over RTP"
-            self._release(Termination(Result.FAILED, Reason.NO_COMMON_MEDIA, 488, LegName.CALLEE, detail), now)
-            return
-        self._late_offer = sdp
+        if not self.offer:
+            # It is the callee's offer; the caller answers it in its ACK.
+            self.media.plan(sdp)
+            if not self.media.relays(sdp):
+                detail = "no line of the callee's offer is audio or video over RTP"
+                self._release(Termination(Result.FAILED, Reason.NO_COMMON_MEDIA, 488, LegName.CALLEE, detail), now)
+                return
+            self._late_offer = sdp
+        # The caller hears of it once the data plane knows: whoever talks at once is heard from the first packet on.
+        self._accepted_sdp = sdp
         self.media.learn(LegName.CALLEE, sdp)
         self._effects.append(UpdateMedia(self.media.spec()))
 
-    def _accept_caller(self, sdp: SessionDescription, now: float) -> None:
-        """Tells the data plane the callee's address, and then the caller that the callee answered."""
+    def _accept_caller(self, now: float) -> None:
+        """Tells the caller what the callee answered, the data plane having been told."""
+        sdp, self._accepted_sdp = self._accepted_sdp, None
+        if sdp is None or self.state not in (CallState.INVITING, CallState.RINGING):
+            return
         self.state = CallState.ANSWERING
         self.times.answered = now
         self._deadline = now + self.limits.max_duration_s
-        if self.offer:
-            self.media.learn(LegName.CALLEE, sdp)
-            self._effects.append(UpdateMedia(self.media.spec()))
         told = self.media.describe(LegName.CALLER, sdp)
         self._perform(LegName.CALLER, self.legs[LegName.CALLER].accept(told, now), now)
         self._publish(CallEventKind.ANSWERED, now)
@@ -503,8 +504,10 @@ class Call:
         elif self._pending is not None and not self._pending.forwarded:
             pending, self._pending = self._pending, None
             self._perform(pending.by, self.legs[pending.by].refuse(488, None, now), now)
-        elif event.failure is not MediaFailure.UNAVAILABLE or self._late_offer is not None:
+        elif event.failure is MediaFailure.UNAVAILABLE and self._late_offer is None:
             # An unavailable data plane is told again what is wanted when it is back; MediaLost comes if it is not.
+            self._accept_caller(now)
+        else:
             self._release(self._failure(Reason.MEDIA_LOST, event.detail), now)
 
     # ---- the end ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ pytestmark = [
 TALK_S = 3.0
 MOST_OF_IT_S = 2.5
 ALICE_HZ, BOB_HZ = 440.0, 1000.0
+BARESIP_SETTINGS = {"digest_algorithms": ["MD5"]}
+"""baresip 1.0 gives up when one of several challenges names an algorithm other than MD5."""
 
 
 def phone(folder: Path, pair: Pair, user: str, *, port: int, hears: float, account: str = "") -> BaresipPhone:
@@ -35,11 +37,12 @@ def phone(folder: Path, pair: Pair, user: str, *, port: int, hears: float, accou
 
 
 async def test_two_baresip_phones_register_and_hear_each_other_through_the_pair(tmp_path: Path) -> None:
-    with Pair(tmp_path / "pair") as pair:
+    with Pair(tmp_path / "pair", control=BARESIP_SETTINGS) as pair:
         async with (
             phone(tmp_path / "alice", pair, "1001", port=26210, hears=ALICE_HZ) as alice,
             phone(tmp_path / "bob", pair, "1002", port=26410, hears=BOB_HZ, account=";answermode=auto") as bob,
         ):
+            print(repr(await alice.command("reginfo")))
             await alice.wait_for("REGISTER_OK")
             await bob.wait_for("REGISTER_OK")
             await alice.command("dial", f"sip:1002@{pair.sip[0]}:{pair.sip[1]}")
@@ -73,11 +76,12 @@ async def test_two_baresip_phones_register_and_hear_each_other_through_the_pair(
 
 
 async def test_a_call_that_the_other_baresip_phone_ends_is_closed_on_both_sides(tmp_path: Path) -> None:
-    with Pair(tmp_path / "pair") as pair:
+    with Pair(tmp_path / "pair", control=BARESIP_SETTINGS) as pair:
         async with (
             phone(tmp_path / "alice", pair, "1001", port=26210, hears=ALICE_HZ) as alice,
             phone(tmp_path / "bob", pair, "1002", port=26410, hears=BOB_HZ) as bob,
         ):
+            print(repr(await alice.command("reginfo")))
             await alice.wait_for("REGISTER_OK")
             await bob.wait_for("REGISTER_OK")
             await alice.command("dial", f"sip:1002@{pair.sip[0]}:{pair.sip[1]}")
