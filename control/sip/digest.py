@@ -280,11 +280,15 @@ def _parse_digest(text: str) -> dict[str, str] | None:
 
 
 def _same_target(claimed: str, actual: str) -> bool:
-    """Whether the digest's URI means the Request-URI: user and host decide, as peers differ in ports and parameters."""
+    """Whether the digest's URI means the Request-URI.
+
+    The host decides, and the user where it is given: peers differ in ports and parameters, and some name the server alone.
+    """
     if claimed == actual:
         return True
     try:
         one, other = Uri.parse(claimed), Uri.parse(actual)
     except RemoteProtocolError:
         return False
-    return (one.user, one.host.lower(), one.opaque) == (other.user, other.host.lower(), other.opaque)
+    same_host = (one.host.lower(), one.opaque) == (other.host.lower(), other.opaque)
+    return same_host and one.user in (None, other.user)

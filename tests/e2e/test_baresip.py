@@ -42,9 +42,8 @@ async def test_two_baresip_phones_register_and_hear_each_other_through_the_pair(
             phone(tmp_path / "alice", pair, "1001", port=26210, hears=ALICE_HZ) as alice,
             phone(tmp_path / "bob", pair, "1002", port=26410, hears=BOB_HZ, account=";answermode=auto") as bob,
         ):
-            print(repr(await alice.command("reginfo")))
-            await alice.wait_for("REGISTER_OK")
-            await bob.wait_for("REGISTER_OK")
+            await alice.wait_until_registered()
+            await bob.wait_until_registered()
             await alice.command("dial", f"sip:1002@{pair.sip[0]}:{pair.sip[1]}")
             await alice.wait_for("CALL_ESTABLISHED")
             await bob.wait_for("CALL_ESTABLISHED")
@@ -81,9 +80,8 @@ async def test_a_call_that_the_other_baresip_phone_ends_is_closed_on_both_sides(
             phone(tmp_path / "alice", pair, "1001", port=26210, hears=ALICE_HZ) as alice,
             phone(tmp_path / "bob", pair, "1002", port=26410, hears=BOB_HZ) as bob,
         ):
-            print(repr(await alice.command("reginfo")))
-            await alice.wait_for("REGISTER_OK")
-            await bob.wait_for("REGISTER_OK")
+            await alice.wait_until_registered()
+            await bob.wait_until_registered()
             await alice.command("dial", f"sip:1002@{pair.sip[0]}:{pair.sip[1]}")
             await bob.wait_for("CALL_INCOMING")
             await alice.wait_for("CALL_RINGING")

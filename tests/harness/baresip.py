@@ -100,8 +100,22 @@ class BaresipPhone:
             raise BaresipError(f"{name} refused: {answer.get('data')}\n{self.log()}")
         return str(answer.get("data", ""))
 
+    async def wait_until_registered(self, *, timeout_s: float = 10.0) -> None:
+        """Wait until the registrar has accepted the account, which may be before anybody could hear of it by event.
+
+        Raises:
+            BaresipError: it did not in time.
+        """
+        answer = ""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while "OK" not in (answer := await self.command("reginfo")):
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise BaresipError(f"not registered within {timeout_s:g} s\n{answer}\n{self.log()}") from None
+
     async def wait_for(self, event: str, *, timeout_s: float = 10.0) -> Mapping[str, Any]:
-        """Wait for an event (`REGISTER_OK`, `CALL_ESTABLISHED`, `CALL_CLOSED`, ...), forgetting those before it.
+        """Wait for an event (`CALL_RINGING`, `CALL_ESTABLISHED`, `CALL_CLOSED`, ...), forgetting those before it.
 
         Raises:
             BaresipError: it did not come in time.

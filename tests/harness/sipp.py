@@ -66,26 +66,27 @@ class Actor:
         """
         own = Path(tempfile.mkdtemp(prefix=f"{scenario}-", dir=folder))
         values = {"user": user, "expires": 60, "audio_port": 9, "video_port": 9} | dict(keys or {})
-        process = await asyncio.create_subprocess_exec(
-            "sipp",
-            *(
-                f"{remote[0]}:{remote[1]}",
-                "-sf",
-                str(SCENARIOS / f"{scenario}.xml"),
-                "-i",
-                local[0],
-                "-p",
-                str(local[1]),
-            ),
-            *("-s", service or user, "-au", user, "-ap", password, "-m", str(calls), "-r", str(calls_per_second)),
-            *("-nostdin", "-timeout", "60s", "-timeout_error", "-recv_timeout", "20000"),
-            *("-trace_err", "-error_file", str(own / "errors"), "-trace_msg", "-message_file", str(own / "messages")),
-            *(word for key, value in values.items() for word in ("-key", key, str(value))),
-            cwd=own,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=(own / "stderr").open("wb"),
-        )
+        with (own / "stderr").open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                "sipp",
+                *(
+                    f"{remote[0]}:{remote[1]}",
+                    "-sf",
+                    str(SCENARIOS / f"{scenario}.xml"),
+                    "-i",
+                    local[0],
+                    "-p",
+                    str(local[1]),
+                ),
+                *("-s", service or user, "-au", user, "-ap", password, "-m", str(calls), "-r", str(calls_per_second)),
+                *("-nostdin", "-timeout", "60s", "-timeout_error", "-recv_timeout", "20000"),
+                *("-trace_err", "-error_file", str(own / "errors"), "-trace_msg", "-message_file", str(own / "messages")),
+                *(word for key, value in values.items() for word in ("-key", key, str(value))),
+                cwd=own,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=errors,
+            )
         actor = cls(scenario, local, own, process)
         await actor._until(lambda: _is_bound(local) or process.returncode is not None, 5, "its port is bound")
         return actor

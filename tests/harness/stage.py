@@ -59,15 +59,16 @@ class Stage:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop actors and close RTP; tell the whole story where the test failed."""
+        """Stop actors, close RTP and print the whole story, which pytest shows where a test failed."""
         for endpoint in self._endpoints:
             await endpoint.close()
         for actor in self.actors:
             await actor.stop()
-        if error is not None:
-            print("\n".join([*(actor.story() for actor in self.actors), self.pair.logs()]))
+        print("\n".join([*(actor.story() for actor in self.actors), self.pair.logs()]))
 
-    async def actor(self, scenario: str, party: Party, *, dials: str = "", password: str = "", expires: int = 60) -> Actor:
+    async def actor(
+        self, scenario: str, party: Party, *, dials: str = "", password: str = "", expires: int = 60
+    ) -> Actor:
         """Start a scenario at a party's address."""
         actor = await Actor.start(
             scenario,
@@ -87,7 +88,9 @@ class Stage:
         for party in parties:
             await (await self.actor("register", party)).finish()
 
-    async def call(self, caller_scenario: str, caller: Party, callee_scenario: str, callee: Party, dials: str) -> "Scene":
+    async def call(
+        self, caller_scenario: str, caller: Party, callee_scenario: str, callee: Party, dials: str
+    ) -> "Scene":
         """Let `callee` wait for a call and `caller` place it."""
         called = await self.actor(callee_scenario, callee)
         calling = await self.actor(caller_scenario, caller, dials=dials)
