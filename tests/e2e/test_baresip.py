@@ -63,7 +63,8 @@ async def test_two_baresip_phones_register_and_hear_each_other_through_the_pair(
     end = cdr["termination"]
     assert (end["result"], end["reason"], end["sip_status"], end["ended_by"]) == ("answered", "hangup", 200, "caller")
     assert TALK_S <= cdr["duration_s"] < TALK_S + 2
-    assert all(leg["user_agent"].startswith("baresip") for leg in cdr["legs"])
+    assert [(leg["name"], leg["user"]) for leg in cdr["legs"]] == [("caller", "1001"), ("callee", "1002")]
+    assert cdr["legs"][0]["user_agent"].startswith("baresip")
     assert cdr["media_complete"]
     streams = {stream["leg"]: stream for stream in cdr["streams"]}
     assert set(streams) == {"caller", "callee"}
