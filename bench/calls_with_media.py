@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.metrics import quantile
-from bench.processes import Usage, command_line, machine_busy_s, usage
+from bench.processes import Usage, command_line, cpu_s_by_process, usage
 from bench.rtpload import INTERVAL_S, Pair, RtpLoad, RtpReport, direct_pair
 from bench.sipload import Behaviour, Callee, Caller, PlacedCall
 from bench.sipmessage import Account, HostPort
@@ -104,7 +104,7 @@ class Window:
     before: Usage
     after: Usage
     generator_cpu_s: float
-    machine_busy_s: float
+    others_cpu_s: float
 
     @property
     def planes_cpu_s(self) -> float:
@@ -168,14 +168,16 @@ async def _hold(pair: PlanePair, rtp: RtpLoad, seconds: float) -> Window:
     pids = pair.pids()
     await rtp.measure()
     started_at, before = time.monotonic(), usage(pids)
-    generator, busy_s = usage([rtp.pid]), machine_busy_s()
+    all_before = cpu_s_by_process()
     await asyncio.sleep(seconds)
+    all_after = cpu_s_by_process()
+    used = {pid: cpu_s - all_before.get(pid, 0.0) for pid, cpu_s in all_after.items()}
     window = Window(
         time.monotonic() - started_at,
         before,
         usage(pids),
-        usage([rtp.pid]).cpu_s - generator.cpu_s,
-        machine_busy_s() - busy_s,
+        generator_cpu_s=used[rtp.pid],
+        others_cpu_s=sum(cpu_s for pid, cpu_s in used.items() if pid not in {rtp.pid, *pids}),
     )
     for pid in pids:
         each = usage([pid])
@@ -210,7 +212,6 @@ def _figures(
     histogram_ms: Sequence[float],
 ) -> Figures:
     relayed, direct = report.relayed, report.direct
-    others_s = window.machine_busy_s - window.planes_cpu_s - window.generator_cpu_s
     return Figures(
         calls=sum(not stream.direct for stream in report.streams) / 2,
         failed_calls=failed,
@@ -237,7 +238,7 @@ def _figures(
         histogram_p99_ms=histogram_ms[1],
         planes_cpu_percent=100 * window.planes_cpu_s / window.seconds,
         generator_cpu_percent=100 * window.generator_cpu_s / window.seconds,
-        others_cpu_percent=100 * others_s / window.seconds,
+        others_cpu_percent=100 * window.others_cpu_s / window.seconds,
         generator_late_slots=report.late_slots,
         planes_rss_mb=window.after.rss_bytes / 1e6,
         planes_pss_mb=window.after.pss_bytes / 1e6,

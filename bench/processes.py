@@ -47,11 +47,14 @@ def command_line(pid: int) -> str:
         return ""
 
 
-def machine_busy_s() -> float:
-    """CPU time that all processes and the kernel have used since the machine started, all cores together."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-    idle = fields[3] + fields[4]
-    return (sum(fields) - idle) / _TICKS_PER_S
+def cpu_s_by_process() -> dict[int, float]:
+    """CPU time that each living process and kernel thread has used.
+
+    /proc/stat would be simpler, but it samples at ticks, with which periodic load falls in step.
+    """
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    ticks = {pid: int(fields[11]) + int(fields[12]) for pid in pids if (fields := _stat(pid))}
+    return {pid: count / _TICKS_PER_S for pid, count in ticks.items()}
 
 
 def _stat(pid: int) -> list[str]:

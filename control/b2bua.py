@@ -1,7 +1,7 @@
 """The transaction user: dispatches what the stack reports, feeds the calls, and performs their effects.
 
-It holds the tables (calls by id, legs by dialog) and one alarm for all machines; rules are in control.sip and control.pbx.
-Requests from trunks are trusted by source address, all others are challenged (RFC 3261 section 22).
+It holds the tables (calls by id, legs by dialog) and one alarm for all machines; rules are in control.sip and
+control.pbx. Requests from trunks are trusted by source address, all others are challenged (RFC 3261 section 22).
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from control.pbx.routing import Caller, Refusal, Route, Router, Target
 from control.pbx.trunks import Trunks
 from control.settings import Settings
 from control.sip.address import Address, Flow
-from control.sip.digest import Denied, DenialReason, DigestAuthenticator, Password, Verified
+from control.sip.digest import DenialReason, Denied, DigestAuthenticator, Password, Verified
 from control.sip.errors import LocalProtocolError, RemoteProtocolError
 from control.sip.headers import NameAddr, Uri
 from control.sip.message import Request, Response, build_response
@@ -356,7 +356,7 @@ class B2bua:
                 if verdict.reason in (DenialReason.WRONG, DenialReason.MALFORMED):
                     detail = f"credentials of {verdict.username or 'nobody'}: {verdict.reason.value}"
                     refused = Refusal(403, Reason.WRONG_CREDENTIALS, detail)
-                    self._record_refusal(event, refused, CallDirection.INTERNAL, shown, uri, now)
+                    self._record_refusal(event, refused, CallDirection.INTERNAL, (shown, uri))
                 self._deny(event, verdict, now, status=407)
                 return
             shown = verdict.username
@@ -364,7 +364,7 @@ class B2bua:
         direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
         verdict_or_route = self._room_for(flow, now) or self._router.route(caller, uri, now)
         if isinstance(verdict_or_route, Refusal):
-            self._refuse_call(event, verdict_or_route, direction, shown, uri, now)
+            self._refuse_call(event, verdict_or_route, direction, (shown, uri))
             return
         self._start_call(event, caller, shown, verdict_or_route, now)
 
@@ -456,20 +456,21 @@ class B2bua:
         return Address(listener.advertise, listener.advertised_port)
 
     def _refuse_call(
-        self, event: RequestReceived, refused: Refusal, direction: CallDirection, shown: str, uri: Uri, now: float
+        self, event: RequestReceived, refused: Refusal, direction: CallDirection, parties: tuple[str, Uri]
     ) -> None:
-        self._record_refusal(event, refused, direction, shown, uri, now)
+        self._record_refusal(event, refused, direction, parties)
         response = build_response(event.request, refused.status, to_tag=self._new_token())
         if refused.retry_after_s is not None:
             response.headers.add("Retry-After", str(refused.retry_after_s))
-        self._answer(event.transaction, response, now)
+        self._answer(event.transaction, response, self._clock())
 
     def _record_refusal(
-        self, event: RequestReceived, refused: Refusal, direction: CallDirection, shown: str, uri: Uri, now: float
+        self, event: RequestReceived, refused: Refusal, direction: CallDirection, parties: tuple[str, Uri]
     ) -> None:
         """Publishes a call that never was: started, and ended with its reason."""
         at = self._utc_now()
         call_id = CallId(self._new_token())
+        shown, uri = parties
         callee = uri.username or uri.opaque
         leg = _leg_record(event.request, event.flow.remote, None, None)
         record = CallRecord(

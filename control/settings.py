@@ -27,8 +27,8 @@ from pydantic import (
 from control.pbx.media import LatchPolicy, MediaMode
 from control.pbx.routing import USERS, NatHandling, RouteRule
 from control.pbx.trunks import Network, Trunk
-from sippbx.runtime.settings_reader import ContradictionError, Fault, Location, SettingsError, nearest_of, path_of, read
 from control.sip.address import Address, Flow, Transport
+from sippbx.runtime.settings_reader import ContradictionError, Fault, Location, SettingsError, nearest_of, path_of, read
 
 __all__ = ["Settings", "SettingsError", "load"]
 

@@ -170,9 +170,11 @@ def prepare_host(
     if clash is not None:
         raise SettingsError(
             [
-                f"media.port_range: {first} to {last} overlaps the kernel's ephemeral ports {low} to {high}, which any"
-                f" program may be given (port {clash} first); choose another range, or reserve these ports with"
-                f" net.ipv4.ip_local_reserved_ports={first}-{last}"
+                (
+                    f"media.port_range: {first} to {last} overlaps the kernel's ephemeral ports {low} to {high}, which any"
+                    f" program may be given (port {clash} first); choose another range, or reserve these ports with"
+                    f" net.ipv4.ip_local_reserved_ports={first}-{last}"
+                )
             ]
         )
     needed = (last - first + 1) // media.block_size * media.block_size + RESERVED_DESCRIPTORS
@@ -180,8 +182,10 @@ def prepare_host(
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise SettingsError(
             [
-                f"media.port_range: {first} to {last} needs {needed} descriptors, this process may have {hard}; narrow"
-                " the range, or raise the limit (ulimit -Hn, LimitNOFILE)"
+                (
+                    f"media.port_range: {first} to {last} needs {needed} descriptors, this process may have {hard}; narrow"
+                    " the range, or raise the limit (ulimit -Hn, LimitNOFILE)"
+                )
             ]
         )
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -113,7 +113,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 async def _new_record(path: Path, known: int) -> dict[str, Any]:
     async with asyncio.timeout(RECORD_DEADLINE_S):
-        while len(records := _records(path)) <= known:
+        while len(records := _records(path)) <= known:  # noqa: ASYNC110 -- another process writes the file
             await asyncio.sleep(0.1)
     return records[-1]
 
@@ -121,8 +121,10 @@ async def _new_record(path: Path, known: int) -> dict[str, Any]:
 def _table(record: dict[str, Any]) -> str:
     end = record["termination"]
     lines = [
-        f"call {record['call_id']}: {record['caller']} -> {record['callee']}, {end['result']} ({end['reason']}),"
-        f" {record['duration_s']:.1f} s",
+        (
+            f"call {record['call_id']}: {record['caller']} -> {record['callee']}, {end['result']} ({end['reason']}),"
+            f" {record['duration_s']:.1f} s"
+        ),
         f"{'from':8}{'line':8}{'packets':>9}{'octets':>9}{'lost':>6}{'reordered':>11}{'jitter ms':>11}{'relayed':>9}",
     ]
     for stream in record["streams"]:

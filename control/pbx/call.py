@@ -1,7 +1,7 @@
 """A call: two INVITE sessions joined, and the media between them.
 
-The machine takes what the stack and the data plane say about the call and gives what to send, what the data plane shall do,
-and what observers hear. It refuses, cancels and hangs up with one `Termination`, from which the CDR is made.
+The machine takes what the stack and the data plane say about the call and gives what to send, what the data plane
+shall do, and what observers hear. It refuses, cancels and hangs up with one `Termination`, from which the CDR is made.
 
 Left out: several targets at once, redirects, transfer.
 """
@@ -171,7 +171,7 @@ class _PendingOffer:
 
 @dataclass(slots=True)
 class _Times:
-    """Moments of the call in monotonic seconds; `utc` is the wall clock at `invited`, so that a stepped clock bends nothing."""
+    """Moments of the call in monotonic seconds; `utc` is the wall clock at `invited`: a stepped clock bends nothing."""
 
     utc: datetime
     invited: float

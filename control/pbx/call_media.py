@@ -163,7 +163,7 @@ class CallMedia:
         )
 
     def _payload_types(self, index: int) -> tuple[PayloadType, ...]:
-        """What may arrive on a line: whatever either far end listed, as numbers may differ by direction (RFC 3264 s. 5.1)."""
+        """What may arrive on a line: what either end listed, as numbers may differ by direction (RFC 3264 s. 5.1)."""
         known: dict[int, PayloadType] = {}
         for side in self.sides.values():
             if side.remote is not None and index < len(side.remote.media):

@@ -1,6 +1,7 @@
 """What a call wants of the data plane, and what it hears back.
 
-These values mirror sippbx.media.v1 without its wire format, so that call logic stays free of it; control.media translates.
+These values mirror sippbx.media.v1 without its wire format, so that call logic stays free of it; control.media
+translates.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class LatchPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MediaEndpoint:
-    """One far end's view of one line. `local_address` is what the data plane binds; remotes are None while not known."""
+    """One far end's view of one line. `local_address` is what the data plane binds; unknown remotes are None."""
 
     leg: LegName
     line: int

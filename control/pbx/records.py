@@ -80,7 +80,8 @@ class Termination:
     """How a call ended: one value for CDR, metric, log and events.
 
     `sip_status` is the final status that the caller got to its INVITE, 200 for an answered call. `ended_by` is the side
-    whose action ended the call, None when it was the PBX. `detail` is for people: what was wrong and what nearly matched.
+    whose action ended the call, None when it was the PBX. `detail` is for people: what was wrong and what nearly
+    matched.
     """
 
     result: Result
@@ -130,9 +131,10 @@ class LegRecord:
 class CallRecord:
     """The call detail record: exactly one for each call and for each refused INVITE.
 
-    Times are UTC. `ringing_at` and `answered_at` are None when it did not come to that. `duration_s` counts from the answer,
-    `setup_s` from the INVITE to the answer or the end. `media_complete` is False when the data plane could not be asked for
-    its final statistics.
+    Times are UTC. `ringing_at` and `answered_at` are None when it did not come to that. `duration_s` counts from the
+    answer,
+    `setup_s` from the INVITE to the answer or the end. `media_complete` is False when the data plane could not be
+    asked for its final statistics.
     """
 
     call_id: CallId

@@ -1,7 +1,7 @@
 """A dialog: what two user agents remember of each other (RFC 3261 section 12).
 
-Both roles are here; early dialogs become confirmed by `confirm`. Forking is the owner's affair: each To tag that answers an
-INVITE has a `Dialog` of its own.
+Both roles are here; early dialogs become confirmed by `confirm`. Forking is the owner's affair: each To tag that
+answers an INVITE has a `Dialog` of its own.
 """
 
 from dataclasses import dataclass, replace
@@ -111,7 +111,8 @@ class Dialog:
     def request(self, method: str, *, cseq: int | None = None, max_forwards: int = 70) -> Request:
         """A request inside this dialog (section 12.2.1.1), without Via, Contact and body.
 
-        `cseq` is given for ACK, which has the number of its INVITE (section 13.2.2.4); any other request takes the next.
+        `cseq` is given for ACK, which has the number of its INVITE (section 13.2.2.4); any other request takes the
+        next.
         """
         if cseq is None:
             self.local_cseq += 1

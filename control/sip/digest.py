@@ -1,8 +1,8 @@
 """Digest authentication, the server's side (RFC 7616 and 8760; RFC 3261 section 22).
 
 Nonces need no storage: an issue time and a serial number, sealed. A nonce is remembered only when a correct answer used
-it, so that its counts can be told from replays and nobody without a password fills the table. An unknown user and a wrong
-password cannot be told apart, neither by the answer nor by the work done. Left out: auth-int, session algorithms,
+it, so that its counts can be told from replays and nobody without a password fills the table. An unknown user and a
+wrong password cannot be told apart, neither by the answer nor by the work done. Left out: auth-int, session algorithms,
 userhash.
 """
 
@@ -282,7 +282,8 @@ def _parse_digest(text: str) -> dict[str, str] | None:
 def _same_target(claimed: str, actual: str) -> bool:
     """Whether the digest's URI means the Request-URI.
 
-    The host decides, and the user where it is given: peers differ in ports and parameters, and some name the server alone.
+    The host decides, and the user where it is given: peers differ in ports and parameters, and some name the server
+    alone.
     """
     if claimed == actual:
         return True

@@ -32,7 +32,7 @@ _SIP_URI: Final = re.compile(
 )
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _OPAQUE: Final = re.compile(r"[^\s<>\"]+")
-_SENT_PROTOCOL: Final = re.compile(r"SIP[ \t]*/[ \t]*2\.0[ \t]*/[ \t]*([A-Za-z0-9.!%*_+`'~-]+)[ \t]+", re.IGNORECASE)
+_SENT_PROTOCOL: Final = re.compile(r"SIP[ \t]*/[ \t]*[0-9]\.[0-9][ \t]*/[ \t]*([A-Za-z0-9.!%*_+`'~-]+)[ \t]+", re.IGNORECASE)
 _SENT_BY: Final = re.compile(_HOST + r"(?:[ \t]*:[ \t]*(?P<port>[0-9]{1,5}))?")
 _QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _QUOTED_PAIR: Final = re.compile(r"\\(.)", re.DOTALL)
@@ -292,7 +292,10 @@ class NameAddr:
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """One Via value (RFC 3261 section 20.42). `transport` is in upper case, `host` of IPv6 without brackets."""
+    """One Via value (RFC 3261 section 20.42). `transport` is in upper case, `host` of IPv6 without brackets.
+
+    The version is read over, so that a request of another one can be answered, and written as 2.0.
+    """
 
     transport: str
     host: str
@@ -304,7 +307,7 @@ class Via:
         """Read one Via value.
 
         Raises:
-            RemoteProtocolError: 400, `text` is no Via value of SIP/2.0.
+            RemoteProtocolError: 400, `text` is no Via value.
         """
         if text.startswith("SIP/2.0/UDP "):
             transport, rest = "UDP", text[12:]

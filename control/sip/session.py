@@ -1,8 +1,8 @@
 """One leg's INVITE usage, from the INVITE to the last answer to BYE.
 
-`InviteSession` is the user agent's side of RFC 3261 sections 13 to 15 in both roles: offer and answer (RFC 3264), 2xx resent
-until ACK, CANCEL crossing 2xx, forked 2xx, reliable provisionals (RFC 3262), re-INVITE and UPDATE (RFC 3311) with glare.
-It knows one leg alone; `control.pbx.call` joins two.
+`InviteSession` is the user agent's side of RFC 3261 sections 13 to 15 in both roles: offer and answer (RFC 3264), 2xx
+resent until ACK, CANCEL crossing 2xx, forked 2xx, reliable provisionals (RFC 3262), re-INVITE and UPDATE (RFC 3311)
+with glare. It knows one leg alone; `control.pbx.call` joins two.
 
 Left out: session timers (RFC 4028), REFER, credentials for a challenging peer, offers in PRACK and in its answer.
 """
@@ -238,9 +238,10 @@ class _LocalOffer:
 class InviteSession:
     """One leg's INVITE usage as a pure machine.
 
-    Commands of the call and `receive` return what is to be sent and what the call must know, in order. `flow` is where the
-    peer is reached; with `symmetric` every in-dialog request goes along it, whatever the peer's Contact says, and it follows
-    the peer's newest request: a departure from RFC 3261 section 12.2.1.1 for peers behind NAT, whose Contact cannot be reached.
+    Commands of the call and `receive` return what is to be sent and what the call must know, in order. `flow` is
+    where the peer is reached; with `symmetric` every in-dialog request goes along it, whatever the peer's Contact
+    says, and it follows the peer's newest request: a departure from RFC 3261 section 12.2.1.1 for peers behind NAT,
+    whose Contact cannot be reached.
     """
 
     def __init__(
@@ -304,7 +305,8 @@ class InviteSession:
         """The session that an INVITE from outside any dialog asks for; its offer, if any, is in the request's body.
 
         Raises:
-            RemoteProtocolError: The request cannot make a dialog (400), its body is no SDP (415), or it requires an extension
+            RemoteProtocolError: The request cannot make a dialog (400), its body is no SDP (415), or it requires an
+            extension
                 that we do not have (420).
         """
         request = event.request
@@ -469,8 +471,8 @@ class InviteSession:
     def terminate(self, status: int, reason: str | None, headers: tuple[tuple[str, str], ...] = ()) -> list[Output]:
         """Ends the session in whichever way its state asks for: final answer, CANCEL or BYE.
 
-        `status` and `headers` go to a caller that has no final answer yet; `headers` of the name Reason go into a BYE too.
-        A BYE waits for the ACK of our 2xx (RFC 3261 section 15).
+        `status` and `headers` go to a caller that has no final answer yet; `headers` of the name Reason go into a BYE
+        too. A BYE waits for the ACK of our 2xx (RFC 3261 section 15).
         """
         reasons = tuple(header for header in headers if header[0] == "Reason")
         match self.state:
@@ -504,7 +506,7 @@ class InviteSession:
             case CancelReceived():
                 return self._receive_cancel()
             case TransactionFailed():
-                return self._receive_failure(event, now)
+                return self._receive_failure(event)
 
     def handle_timer(self, now: float) -> list[Output]:
         """Does what is due: resends, gives up waiting for ACK or PRACK, tries an offer again."""
@@ -616,10 +618,7 @@ class InviteSession:
 
     def _receive_bye(self, transaction: TransactionId, request: Request) -> list[Output]:
         outputs: list[Output] = [SendResponse(transaction, build_response(request, 200, to_tag=self.local_tag))]
-        for pending in (self._invite, self._update):
-            if pending is not None:
-                response = build_response(pending[1], 487, to_tag=self.local_tag)
-                outputs.append(SendResponse(pending[0], response))
+        outputs += self._terminate_pending()
         if self.state is SessionState.TERMINATING:
             return outputs  # both hung up at once: ours is still to be answered
         if self.state in (SessionState.CALLING, SessionState.EARLY, SessionState.CANCELLING):
@@ -664,7 +663,7 @@ class InviteSession:
         response = event.response
         match response.cseq.method:
             case "INVITE" if event.transaction == client_id(self._branch, "INVITE"):
-                return self._receive_initial(response, now)
+                return self._receive_initial(response)
             case "INVITE" | "UPDATE":
                 return self._receive_offer_response(event, now)
             case "BYE":
@@ -672,7 +671,7 @@ class InviteSession:
                     self._forget()
         return []
 
-    def _receive_initial(self, response: Response, now: float) -> list[Output]:
+    def _receive_initial(self, response: Response) -> list[Output]:
         if response.status < 200:
             return self._receive_provisional(response)
         if response.status < 300:
@@ -735,7 +734,8 @@ class InviteSession:
         dialog.confirm(response)
         cseq = response.cseq.number
         if self.state not in (SessionState.CALLING, SessionState.EARLY):
-            # Answered although cancelled, or a second branch of a fork: acknowledged, and ended at once (section 13.2.2.4).
+            # Answered although cancelled, or a second branch of a fork: acknowledged, and ended at once (section
+            # 13.2.2.4).
             outputs: list[Output] = [self._ack(dialog, cseq, b""), self._bye_request(dialog, ())]
             if self.state is SessionState.CANCELLING:
                 self.state = SessionState.TERMINATING
@@ -794,7 +794,7 @@ class InviteSession:
         self._local_sdp, self._remote_sdp = offer.sdp, response.body
         return [Answered(response.body)]
 
-    def _receive_failure(self, event: TransactionFailed, now: float) -> list[Output]:
+    def _receive_failure(self, event: TransactionFailed) -> list[Output]:
         offer = self._local_offer
         if event.transaction == client_id(self._branch, "INVITE"):
             waiting = self.state in (SessionState.CALLING, SessionState.EARLY)
@@ -877,13 +877,18 @@ class InviteSession:
             dialog, cseq = self._unacknowledged
             self._unacknowledged = None
             outputs.append(self._ack(dialog, cseq, b""))
-        for pending in (self._invite, self._update):
-            if pending is not None:
-                outputs.append(SendResponse(pending[0], build_response(pending[1], 487, to_tag=self.local_tag)))
+        outputs += self._terminate_pending()
         self._invite = self._update = self._final = self._local_offer = None
         self.state = SessionState.TERMINATING
         outputs.append(self._bye_request(self.dialog, headers))
         return outputs
+
+    def _terminate_pending(self) -> list[Output]:
+        """The answers to requests of the peer that the end of the session overtakes (section 15.1.2)."""
+        return [
+            SendResponse(transaction, build_response(request, 487, to_tag=self.local_tag))
+            for transaction, request in filter(None, (self._invite, self._update))
+        ]
 
     def _bye_request(self, dialog: Dialog, headers: tuple[tuple[str, str], ...]) -> SendRequest:
         request = dialog.request("BYE")

@@ -1,7 +1,7 @@
 """What happened, in order: a bounded log that any number of watchers read at their own pace.
 
-A watcher is a place in the log, not a queue of its own, so a slow one costs nothing; it misses what the log has forgotten
-by the time it reads on, and is told so.
+A watcher is a place in the log, not a queue of its own, so a slow one costs nothing; it misses what the log has
+forgotten by the time it reads on, and is told so.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """The media node: the sessions that there are, whose they are, and the ports they have.
 
 Commands on one session are carried out one after the other, in the order in which they were given; once begun they are
-finished, whoever waits for them. Every verb may be repeated. The node belongs to the control plane that acquired it last:
-while that one's command stream is gone, sessions go on for `owner_grace_s` and are then closed.
+finished, whoever waits for them. Every verb may be repeated. The node belongs to the control plane that acquired it
+last: while that one's command stream is gone, sessions go on for `owner_grace_s` and are then closed.
 """
 
 import asyncio

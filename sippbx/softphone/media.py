@@ -175,11 +175,12 @@ class RtpEndpoint:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
-        """Stop sending and give the ports back."""
+        """Stop sending and give the ports back; may be repeated."""
         await self.stop_sending()
         for sock in (self._rtp, self._rtcp):
-            self._loop.remove_reader(sock)
-            sock.close()
+            if sock.fileno() >= 0:
+                self._loop.remove_reader(sock)
+                sock.close()
 
     def _timestamp(self) -> int:
         return int(self.report.sent * self.media.interval_s * self.media.clock_rate) & 0xFFFFFFFF

@@ -214,7 +214,7 @@ def packets(cdr: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int, int]]:
 
 
 def _marks(actor: Actor) -> set[str]:
-    """What identifies or locates a leg: Call-ID, tags and branches of both ends; hosts, ports and SDP of the far end."""
+    """Identifiers and locations of a leg: Call-ID, tags, branches; hosts, ports and SDP of the far end."""
     marks: set[str] = set()
     for entry in actor.trace():
         message = entry.message

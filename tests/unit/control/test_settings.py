@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from control.pbx.routing import NatHandling, RouteRule
 from control.pbx.trunks import Trunk
 from control.settings import ENVIRONMENT_PREFIX, Settings, load
-from sippbx.runtime.settings_reader import SettingsError
 from control.sip.address import Address, Flow, Transport
+from sippbx.runtime.settings_reader import SettingsError
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "config" / "control.yaml"
 CARRIER = "trunks: [{name: carrier, destination: 198.51.100.10}]\n"
