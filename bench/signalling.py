@@ -9,6 +9,7 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from bench.calls_with_media import CALLEE, CALLEE_SIP, CALLER, CALLER_SIP, HOST, RTP_RANGE, percentile
@@ -18,6 +19,7 @@ from tests.harness.pair import Pair
 
 HOLD_S = 0.5
 WARM_UP_S = 2.0
+REST_S = 0.5  # short, so that the range lasts for any rate
 RTP = (HOST, 27000)
 
 
@@ -48,7 +50,8 @@ async def _measure(pair: Pair, calls_per_s: float, seconds: float) -> int:
             after = {plane: usage(of_plane) for plane, of_plane in pids.items()}
     done = [task.result() for task in tasks[round(calls_per_s * WARM_UP_S) :]]
     failed = sum(not good for _, good in done)
-    print(f"{len(done)} calls at {calls_per_s:g}/s, {failed} failed", end=", ")
+    statuses = dict(Counter(call.status for call, _ in done))
+    print(f"{len(done)} calls at {calls_per_s:g}/s, {failed} failed, by status {statuses}", end=", ")
     print(f"{caller.retransmissions + callee.retransmissions} retransmissions")
     for plane in pids:
         cpu_s = after[plane].cpu_s - before[plane].cpu_s
@@ -70,7 +73,7 @@ def main() -> int:
     options = parser.parse_args()
     control = {"limits": {"max_calls": 10_000, "calls_per_second": 100_000}}
     with tempfile.TemporaryDirectory(prefix="sippbx-bench-") as folder:
-        dataplane = {"media": {"port_range": list(RTP_RANGE)}}
+        dataplane = {"media": {"port_range": list(RTP_RANGE), "rest_s": REST_S}}
         with Pair(Path(folder), control=control, dataplane=dataplane) as pair:
             return min(1, asyncio.run(_measure(pair, options.rate, options.seconds)))
 
