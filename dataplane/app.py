@@ -25,7 +25,6 @@ from dataplane.service.servicer import SERVICE_NAME, MediaServicer
 from dataplane.session.relay import DropReason, StreamSnapshot
 from dataplane.session.spec import Leg
 from dataplane.settings import Settings
-from sippbx.media.v1 import media_service_pb2_grpc
 from sippbx.runtime.lifecycle import Stop, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
 
@@ -145,7 +144,7 @@ class DataPlane:
             observe=self.metrics.grpc_request,
             shut_down=self._stop.draining.set,
         )
-        media_service_pb2_grpc.add_MediaServiceServicer_to_server(servicer, server)
+        servicer.add_to(server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         path = Path(listen.removeprefix("unix://")) if listen.startswith("unix:") else None

@@ -171,8 +171,8 @@ def prepare_host(
         raise SettingsError(
             [
                 (
-                    f"media.port_range: {first} to {last} overlaps the kernel's ephemeral ports {low} to {high}, which any"
-                    f" program may be given (port {clash} first); choose another range, or reserve these ports with"
+                    f"media.port_range: {first} to {last} overlaps the kernel's ephemeral ports {low} to {high}, which"
+                    f" any program may be given (port {clash} first); choose another range, or reserve these ports with"
                     f" net.ipv4.ip_local_reserved_ports={first}-{last}"
                 )
             ]
@@ -183,8 +183,8 @@ def prepare_host(
         raise SettingsError(
             [
                 (
-                    f"media.port_range: {first} to {last} needs {needed} descriptors, this process may have {hard}; narrow"
-                    " the range, or raise the limit (ulimit -Hn, LimitNOFILE)"
+                    f"media.port_range: {first} to {last} needs {needed} descriptors, this process may have {hard};"
+                    " narrow the range, or raise the limit (ulimit -Hn, LimitNOFILE)"
                 )
             ]
         )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 import structlog
@@ -147,7 +147,7 @@ class MediaNode:
         self._sessions: dict[str, SessionView] = {}
         self._tombstones: OrderedDict[str, _Tombstone] = OrderedDict()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._operations: set[asyncio.Task[object]] = set()
+        self._operations: set[asyncio.Task[Any]] = set()
         self._draining = ""
         self._accepting: bool | None = None
         self._closed_streams: list[StreamSnapshot] = []
@@ -296,8 +296,13 @@ class MediaNode:
 
         task = asyncio.create_task(in_turn())
         self._operations.add(task)
-        task.add_done_callback(self._operations.discard)
+        task.add_done_callback(self._operation_ended)
         return await asyncio.shield(task)
+
+    def _operation_ended(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; where nobody does any more, that is no news
 
     async def _create(self, spec: SessionSpec, first_port: int) -> SessionView:
         self._check(spec)
