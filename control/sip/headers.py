@@ -32,7 +32,9 @@ _SIP_URI: Final = re.compile(
 )
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _OPAQUE: Final = re.compile(r"[^\s<>\"]+")
-_SENT_PROTOCOL: Final = re.compile(r"SIP[ \t]*/[ \t]*[0-9]\.[0-9][ \t]*/[ \t]*([A-Za-z0-9.!%*_+`'~-]+)[ \t]+", re.IGNORECASE)
+_SENT_PROTOCOL: Final = re.compile(
+    r"SIP[ \t]*/[ \t]*[0-9]\.[0-9][ \t]*/[ \t]*([A-Za-z0-9.!%*_+`'~-]+)[ \t]+", re.IGNORECASE
+)
 _SENT_BY: Final = re.compile(_HOST + r"(?:[ \t]*:[ \t]*(?P<port>[0-9]{1,5}))?")
 _QUOTED: Final = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _QUOTED_PAIR: Final = re.compile(r"\\(.)", re.DOTALL)

@@ -36,9 +36,10 @@ QUIET_S = 40.0
 
 CONTROL = {
     "users": [{"name": name, "password": f"secret-of-{name}"} for name in (CALLER.user, *BEHAVIOURS)],
+    "routes": [],
     "limits": {"max_calls": 1000, "calls_per_second": 1000},
 }
-DATAPLANE = {"media": {"port_range": list(RTP_RANGE)}}
+DATAPLANE = {"media": {"port_range": list(RTP_RANGE), "rest_s": 5}}
 
 
 @dataclass(frozen=True, slots=True)

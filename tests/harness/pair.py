@@ -3,10 +3,12 @@
 Nothing in here is asynchronous, so that one pair can serve tests with event loops of their own.
 """
 
+import atexit
 import copy
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,9 +22,27 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-HOST = "127.0.0.11"
+_CLAIM_PORT = 25059
+
+
+def _claim_network() -> tuple[str, socket.socket]:
+    """A network of loopback addresses that no other test run on this machine uses, held as long as the socket is open."""
+    for number in range(1, 255):
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind((f"127.0.{number}.1", _CLAIM_PORT))
+        except OSError:
+            claim.close()
+        else:
+            return f"127.0.{number}", claim
+    raise OSError("all loopback networks are in use")
+
+
+NETWORK, _CLAIM = _claim_network()
+atexit.register(_CLAIM.close)
+HOST = f"{NETWORK}.11"
 """The PBX's address; phones and trunks have others, so that a leaked address shows."""
-TRUNK_HOST = "127.0.0.50"
+TRUNK_HOST = f"{NETWORK}.50"
 TRUNK_PORT = 25950
 USERS = {"1001": "secret-1001", "1002": "secret-1002", "1003": "secret-1003"}
 START_S = 20.0

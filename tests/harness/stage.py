@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from sippbx.softphone.media import FORMATS, RtpEndpoint
 from sippbx.softphone.message import SipMessage, host_port_of, parameter, uri_of
-from tests.harness.pair import HOST, TRUNK_HOST, TRUNK_PORT, USERS, Pair
+from tests.harness.pair import HOST, NETWORK, TRUNK_HOST, TRUNK_PORT, USERS, Pair
 from tests.harness.sipp import Actor
 
 
@@ -35,9 +35,9 @@ class Party:
         return self.audio_port, self.video_port
 
 
-ALICE = Party("1001", "127.0.0.21", 25210, 14210, USERS["1001"])
-BOB = Party("1002", "127.0.0.22", 25220, 14220, USERS["1002"])
-CAROL = Party("1003", "127.0.0.23", 25230, 14230, USERS["1003"])
+ALICE = Party("1001", f"{NETWORK}.21", 25210, 14210, USERS["1001"])
+BOB = Party("1002", f"{NETWORK}.22", 25220, 14220, USERS["1002"])
+CAROL = Party("1003", f"{NETWORK}.23", 25230, 14230, USERS["1003"])
 TRUNK = Party("+15550001111", TRUNK_HOST, TRUNK_PORT, 14950)
 KINDS = ("audio", "video")
 
