@@ -28,6 +28,7 @@ TITLES = {
     "3550": "RTP: A Transport Protocol for Real-Time Applications",
     "3551": "RTP Profile for Audio and Video Conferences",
     "3581": "Symmetric Response Routing",
+    "3960": "Early Media and Ringing Tone",
     "3605": "RTCP Attribute in SDP",
     "4028": "Session Timers in SIP",
     "4475": "SIP Torture Test Messages",

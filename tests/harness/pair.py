@@ -26,7 +26,7 @@ _CLAIM_PORT = 25059
 
 
 def _claim_network() -> tuple[str, socket.socket]:
-    """A network of loopback addresses that no other test run on this machine uses, held as long as the socket is open."""
+    """A network of loopback addresses that no other test run here uses, held as long as the socket is open."""
     for number in range(1, 255):
         claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:

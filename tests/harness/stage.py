@@ -206,7 +206,7 @@ def termination(cdr: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def packets(cdr: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """Packets received, relayed and lost, by leg and kind."""
+    """RTP packets received, RTP and RTCP packets relayed, RTP packets lost, by leg and kind."""
     return {
         (stream["leg"], stream["kind"]): (stream["packets"], stream["relayed_packets"], stream["lost"])
         for stream in cdr["streams"]

@@ -17,7 +17,7 @@ async def test_registered_users_call_each_other_and_hear_each_other(stage: Stage
     assert termination(cdr) == ("answered", "hangup", 200)
     assert cdr["termination"]["ended_by"] == "caller"
     assert (cdr["direction"], cdr["caller"], cdr["callee"]) == ("internal", "1001", "1002")
-    assert packets(cdr) == {("caller", "audio"): (50, 50, 0), ("callee", "audio"): (50, 50, 0)}
+    assert packets(cdr) == {("caller", "audio"): (50, 51, 0), ("callee", "audio"): (50, 51, 0)}
     assert {stream["rtcp_packets"] for stream in cdr["streams"]} == {1}
     assert [leg["user"] for leg in cdr["legs"]] == ["1001", "1002"]
     scene.check_legs_are_separate()
@@ -32,7 +32,7 @@ async def test_call_from_the_trunk_reaches_a_user_without_challenge(stage: Stage
     assert termination(cdr) == ("answered", "hangup", 200)
     assert cdr["direction"] == "inbound"
     assert cdr["legs"][0]["trunk"] == "carrier"
-    assert packets(cdr) == {("caller", "audio"): (25, 25, 0), ("callee", "audio"): (25, 25, 0)}
+    assert packets(cdr) == {("caller", "audio"): (25, 26, 0), ("callee", "audio"): (25, 26, 0)}
     scene.check_legs_are_separate()
 
 
@@ -47,7 +47,7 @@ async def test_call_to_the_trunk_has_its_prefix_stripped(stage: Stage) -> None:
     assert termination(cdr) == ("answered", "hangup", 200)
     assert cdr["direction"] == "outbound"
     assert cdr["legs"][1]["trunk"] == "carrier"
-    assert packets(cdr) == {("caller", "audio"): (25, 25, 0), ("callee", "audio"): (25, 25, 0)}
+    assert packets(cdr) == {("caller", "audio"): (25, 26, 0), ("callee", "audio"): (25, 26, 0)}
     scene.check_legs_are_separate()
 
 
@@ -57,7 +57,7 @@ async def test_audio_and_video_are_relayed_side_by_side(stage: Stage) -> None:
     await scene.talk("audio", "video")
     await scene.hang_up()
     cdr = await stage.cdr()
-    assert packets(cdr) == {(leg, kind): (25, 25, 0) for leg in ("caller", "callee") for kind in ("audio", "video")}
+    assert packets(cdr) == {(leg, kind): (25, 26, 0) for leg in ("caller", "callee") for kind in ("audio", "video")}
     scene.check_legs_are_separate()
 
 
@@ -83,7 +83,7 @@ async def test_early_media_flows_before_the_answer(stage: Stage) -> None:
     cdr = await stage.cdr()
     assert termination(cdr) == ("answered", "hangup", 200)
     assert cdr["ringing_at"] is not None
-    assert packets(cdr) == {("caller", "audio"): (25, 25, 0), ("callee", "audio"): (25, 25, 0)}
+    assert packets(cdr) == {("caller", "audio"): (25, 26, 0), ("callee", "audio"): (25, 26, 0)}
 
 
 @pytest.mark.rfc("3264", "8.4")
