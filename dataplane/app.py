@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import secrets
 import stat
@@ -16,6 +17,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from dataplane.engine.engine import EngineUnavailableError
 from dataplane.engine.userspace import UserspaceEngine
 from dataplane.metrics import DataplaneMetrics, Tables
 from dataplane.ports import PortPool
@@ -35,7 +37,6 @@ EXIT_ENGINE = 4
 
 EVENTS_KEPT = 10_000
 TICK_S = 1.0
-COLLECT_S = 1.0
 GRPC_STOP_S = 1.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
@@ -60,8 +61,8 @@ async def run(settings: Settings) -> int:
         except (ProbeError, ListenError) as error:
             log.error("process.start_failed", error=str(error))
             return EXIT_ADDRESS
-        except TimeoutError:
-            log.error("process.start_failed", error="the relay worker did not start in time")
+        except EngineUnavailableError as error:
+            log.error("process.start_failed", error=str(error))
             return EXIT_ENGINE
 
 
@@ -97,7 +98,7 @@ class DataPlane:
     async def start(self, running: contextlib.AsyncExitStack) -> None:
         """Start everything; what was started is stopped in reverse order when `running` closes.
 
-        Raises: ProbeError, ListenError, TimeoutError when the relay worker does not come up.
+        Raises: ProbeError, ListenError, EngineUnavailableError when the relay worker does not come up.
         """
         settings = self._settings
         self.metrics.register(
@@ -111,7 +112,7 @@ class DataPlane:
                     "media_sessions_opened": self.node.sessions_created,
                     "media_worker_restarts": self._engine.restarts,
                 },
-                packets=lambda: self._totals + self._live,
+                packets=self._packets,
             )
         )
         probes = ProbeServer(
@@ -193,19 +194,25 @@ class DataPlane:
             await asyncio.sleep(TICK_S)
             try:
                 await self.node.tick()
-                for stream in self.node.take_closed_streams():
-                    _add(self._totals, stream)
-                async with asyncio.timeout(COLLECT_S):
-                    figures = await self._engine.collect()
+                figures = await self._engine.collect()
             except Exception:
                 # The border of this task: one failed round must not end it.
                 log.exception("housekeeping.failed")
                 continue
+            # From here on without an await, so that every session is either among those that ended or among the live.
+            closed = self.node.take_closed_streams()
+            for stream in itertools.chain.from_iterable(closed.values()):
+                _add(self._totals, stream)
             live: Counter[tuple[str, tuple[str, ...]]] = Counter()
-            for streams in figures.values():
-                for stream in streams:
+            for session_id in figures.keys() - closed.keys():
+                for stream in figures[session_id]:
                     _add(live, stream)
             self._live = live
+
+    def _packets(self) -> Mapping[tuple[str, tuple[str, ...]], int]:
+        sums = self._totals.copy()
+        sums.update(self._live)  # unlike +, this keeps what is zero
+        return sums
 
     def _gauges(self) -> Mapping[str, float]:
         capacity = self.node.capacity()

@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -150,7 +150,7 @@ class MediaNode:
         self._operations: set[asyncio.Task[Any]] = set()
         self._draining = ""
         self._accepting: bool | None = None
-        self._closed_streams: list[StreamSnapshot] = []
+        self._closed_streams: dict[str, tuple[StreamSnapshot, ...]] = {}
 
     # ------------------------------------------------------------------------------------------------------- lifetime
 
@@ -279,9 +279,9 @@ class MediaNode:
             not_accepting_reason=why_not,
         )
 
-    def take_closed_streams(self) -> Sequence[StreamSnapshot]:
-        """Return the final figures of the sessions that ended since the last call."""
-        streams, self._closed_streams = self._closed_streams, []
+    def take_closed_streams(self) -> Mapping[str, tuple[StreamSnapshot, ...]]:
+        """Return the final figures of the sessions that ended since the last call, by session id."""
+        streams, self._closed_streams = self._closed_streams, {}
         return streams
 
     # ------------------------------------------------------------------------------------------------------- internal
@@ -418,7 +418,7 @@ class MediaNode:
         if len(self._tombstones) > _MOST_TOMBSTONES:
             self._tombstones.popitem(last=False)
         self.sessions_closed[reason] += 1
-        self._closed_streams.extend(streams)
+        self._closed_streams[session_id] = streams
         self._publish(SessionClosed(session_id, reason, streams))
         log.info("session.closed", session_id=session_id, reason=reason)
         if not self._sessions:

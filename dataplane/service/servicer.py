@@ -207,7 +207,10 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
         """Stream events from a place in the log on; a gap is told, silence is filled with heartbeats."""
         owner = await self._owner("Watch", request.epoch, context)
         events = self._node.events
-        after = min(request.resume_after, events.last)
+        # 0 asks for what there is; a place beyond the last event is one in the order of another instance.
+        after = request.resume_after or events.first_kept - 1
+        if after > events.last:
+            after = -1
         while not owner.fenced.is_set():
             if after + 1 < events.first_kept:
                 lost = event_pb2.MediaEvent(sequence=events.first_kept - 1)
@@ -219,10 +222,15 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
                 after = records[-1].sequence
                 yield self._events(records)
                 continue
+            news = asyncio.create_task(events.wait(after), name="media news")
+            fenced = asyncio.create_task(owner.fenced.wait(), name="media fencing")
             try:
-                async with asyncio.timeout(HEARTBEAT_S):
-                    await events.wait(after)
-            except TimeoutError:
+                await asyncio.wait({news, fenced}, timeout=HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+                idle = not news.done() and not fenced.done()
+            finally:
+                news.cancel()
+                fenced.cancel()
+            if idle:
                 yield media_service_pb2.WatchResponse()
         refused = RefusedError(Refusal.FENCED, "another control plane has acquired this data plane")
         await self._abort("Watch", refused, context)

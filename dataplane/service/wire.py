@@ -61,7 +61,12 @@ def spec_from_wire(wire: session_pb2.SessionSpec) -> SessionSpec:
         wire.session_id,
         wire.generation,
         _known(_MODES, wire.mode, "spec.mode"),
-        tuple(_endpoint(i, endpoint) for i, endpoint in enumerate(wire.endpoints)),
+        tuple(
+            sorted(
+                (_endpoint(i, endpoint) for i, endpoint in enumerate(wire.endpoints)),
+                key=lambda endpoint: (endpoint.leg, endpoint.line, endpoint.branch),
+            )
+        ),
         wire.selected_branch,
     )
 
@@ -174,9 +179,7 @@ class Translator:
                 octets=stream.octets,
                 lost=stream.lost,
                 reordered=stream.reordered,
-                jitter=None
-                if stream.jitter_s is None
-                else Duration(nanos=min(999_999_999, int(stream.jitter_s * 1e9))),
+                jitter=None if stream.jitter_s is None else _duration(stream.jitter_s),
                 rtcp_packets=stream.rtcp_packets,
                 relayed_packets=stream.relayed_rtp + stream.relayed_rtcp,
                 first_packet_time=None if stream.first_at is None else self.timestamp(stream.first_at),
@@ -225,6 +228,12 @@ class Translator:
             case CapacityChanged(changed):
                 wire.capacity_changed.CopyFrom(event_pb2.CapacityChanged(capacity=capacity(changed)))
         return wire
+
+
+def _duration(seconds: float) -> Duration:
+    wire = Duration()
+    wire.FromTimedelta(timedelta(seconds=seconds))
+    return wire
 
 
 def timestamp(at: datetime) -> Timestamp:

@@ -179,6 +179,8 @@ def validate(spec: SessionSpec, lines: int) -> None:
         if addresses.setdefault((endpoint.leg, endpoint.line), endpoint.local_address) != endpoint.local_address:
             raise InvalidSpecError(f"{where}.local_address", "must be the same for all branches of a line")
         for name, remote in (("remote_rtp", endpoint.remote_rtp), ("remote_rtcp", endpoint.remote_rtcp)):
+            if remote is not None and not 1 <= remote[1] <= 65535:
+                raise InvalidSpecError(f"{where}.{name}.port", f"{remote[1]} is not between 1 and 65535")
             if remote is not None and (":" in remote[0]) != (":" in endpoint.local_address):
                 problem = f"{remote[0]} is not of the family of {endpoint.local_address}"
                 raise InvalidSpecError(f"{where}.{name}", problem)
