@@ -38,6 +38,8 @@ EXIT_ENGINE = 4
 EVENTS_KEPT = 10_000
 TICK_S = 1.0
 GRPC_STOP_S = 1.0
+# A control plane that restarts is back well before; one that has ended will not release its sessions.
+DRAIN_WITHOUT_OWNER_S = 5.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 log = structlog.get_logger(__name__)
@@ -168,14 +170,20 @@ class DataPlane:
         self.node.drain("the data plane is stopping")
         for service in ("", SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        waits = {
-            asyncio.create_task(self.node.empty.wait(), name="last session"),
-            asyncio.create_task(self._stop.now.wait(), name="second signal"),
-        }
-        await asyncio.wait(waits, timeout=self._settings.lease.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        await asyncio.gather(*waits, return_exceptions=True)
+        deadline = time.monotonic() + self._settings.lease.drain_timeout_s
+        while not self.node.empty.is_set() and not self._stop.now.is_set() and time.monotonic() < deadline:
+            owner = self.node.owner
+            if owner is None or owner.absent_s(time.monotonic()) > DRAIN_WITHOUT_OWNER_S:
+                log.warning("process.owner_gone", sessions=len(self.node))
+                break
+            waits = {
+                asyncio.create_task(self.node.empty.wait(), name="last session"),
+                asyncio.create_task(self._stop.now.wait(), name="second signal"),
+            }
+            await asyncio.wait(waits, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
         if len(self.node):
             log.warning("process.sessions_cut", sessions=len(self.node))
             await self.node.close_all(CloseReason.SHUTDOWN)

@@ -273,30 +273,30 @@ class Headers:
         return f"Headers({list(self.items())!r})"
 
 
+def _read(key: str, parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(error.status, error.message, SPELLINGS[key]) from error
+
+
+def _read_all(key: str, parse: Callable[[str], T], headers: Headers) -> list[T]:
+    return [_read(key, parse, element) for element in headers.get_list(key)]
+
+
 def _parse_via(headers: Headers) -> Via:
     text = headers.require("via")
     if "," in text:
-        elements = split_commas(text)
-        text = elements[0] if elements else ""
-    return Via.parse(text)
+        text = next(iter(split_commas(text)), "")
+    return _read("via", Via.parse, text)
 
 
-def _parse_address(key: str) -> Callable[[Headers], NameAddr]:
-    def parse(headers: Headers) -> NameAddr:
-        text = headers.require(key)
-        try:
-            return NameAddr.parse(text)
-        except RemoteProtocolError as error:
-            raise RemoteProtocolError(error.status, error.message, SPELLINGS[key]) from error
-
-    return parse
+def _parse_from(headers: Headers) -> NameAddr:
+    return _read("from", NameAddr.parse, headers.require("from"))
 
 
-def _parse_addresses(headers: Headers, key: str) -> list[NameAddr]:
-    try:
-        return [NameAddr.parse(element) for element in headers.get_list(key)]
-    except RemoteProtocolError as error:
-        raise RemoteProtocolError(error.status, error.message, SPELLINGS[key]) from error
+def _parse_to(headers: Headers) -> NameAddr:
+    return _read("to", NameAddr.parse, headers.require("to"))
 
 
 def _parse_cseq(headers: Headers) -> CSeq:
@@ -304,7 +304,7 @@ def _parse_cseq(headers: Headers) -> CSeq:
 
 
 def _parse_contacts(headers: Headers) -> list[NameAddr]:
-    return [] if headers.get("contact") == "*" else _parse_addresses(headers, "contact")
+    return [] if headers.get("contact") == "*" else _read_all("contact", NameAddr.parse, headers)
 
 
 def _parse_max_forwards(headers: Headers) -> int | None:
@@ -319,10 +319,6 @@ def _parse_max_forwards(headers: Headers) -> int | None:
 
 def _parse_content_type(headers: Headers) -> str:
     return (headers.get("content-type") or "").partition(";")[0].strip(_WSP).lower()
-
-
-_parse_from: Final = _parse_address("from")
-_parse_to: Final = _parse_address("to")
 
 
 @dataclass(slots=True)
@@ -343,7 +339,7 @@ class Message:
     @property
     def vias(self) -> list[Via]:
         """All Via values, topmost first."""
-        return [Via.parse(element) for element in self.headers.get_list("via")]
+        return _read_all("via", Via.parse, self.headers)
 
     @property
     def from_(self) -> NameAddr:
@@ -418,12 +414,12 @@ class Message:
     @property
     def route(self) -> list[NameAddr]:
         """The Route values, next hop first."""
-        return _parse_addresses(self.headers, "route")
+        return _read_all("route", NameAddr.parse, self.headers)
 
     @property
     def record_route(self) -> list[NameAddr]:
         """The Record-Route values, as they stand."""
-        return _parse_addresses(self.headers, "record-route")
+        return _read_all("record-route", NameAddr.parse, self.headers)
 
     @property
     def user_agent(self) -> str | None:

@@ -5,12 +5,20 @@ Left out: folding on output, header parameters with quoted semicolons, anything 
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sippbx.softphone.errors import MalformedError
 
 SIP_VERSION = "SIP/2.0"
-COMPACT_NAMES = {"v": "via", "f": "from", "t": "to", "i": "call-id", "m": "contact", "k": "supported"}
+COMPACT_NAMES = {
+    "v": "via",
+    "f": "from",
+    "t": "to",
+    "i": "call-id",
+    "m": "contact",
+    "k": "supported",
+    "l": "content-length",
+}
 _FOLD = re.compile(r"\r?\n[ \t]+")
 _URI = re.compile(r"<([^>]*)>|([^;\s]+)")
 _HOST_PORT = re.compile(r"^sips?:(?:[^@]*@)?(\[[^\]]+\]|[^:;?>]+)(?::(\d+))?")
@@ -31,7 +39,8 @@ class SipMessage:
         Raises:
             MalformedError: it has no start line, or a header line has no colon.
         """
-        head, _, body = data.decode("utf-8", "surrogateescape").partition("\r\n\r\n")
+        raw_head, _, raw_body = data.partition(b"\r\n\r\n")
+        head = raw_head.decode("utf-8", "surrogateescape")
         start_line, *lines = _FOLD.sub(" ", head).split("\r\n")
         if SIP_VERSION not in start_line:
             raise MalformedError(f"not a SIP start line: {start_line[:80]!r}")
@@ -41,7 +50,11 @@ class SipMessage:
             if not colon:
                 raise MalformedError(f"not a header line: {line[:80]!r}")
             headers.append((name.strip(), value.strip()))
-        return cls(start_line, tuple(headers), body)
+        message = cls(start_line, tuple(headers))
+        # What exceeds Content-Length is no part of the message (RFC 3261 section 18.3).
+        length = message.get("Content-Length")
+        body = raw_body if length is None or not length.isdecimal() else raw_body[: int(length)]
+        return replace(message, body=body.decode("utf-8", "surrogateescape"))
 
     def encode(self) -> bytes:
         """The datagram, with the Content-Length that belongs to the body."""

@@ -253,7 +253,8 @@ class Pair:
     def _dataplane_settings(self) -> dict[str, Any]:
         return {
             "grpc": {"listen": f"unix://{self.folder}/media.sock"},
-            "media": {"port_range": list(self.rtp_range)},
+            "media": {"port_range": list(self.rtp_range), "rest_s": 1},
+            "lease": {"owner_grace_s": 5, "drain_timeout_s": 5},
             "metrics": {"bind": HOST, "port": self.metrics_ports["dataplane"]},
         }
 

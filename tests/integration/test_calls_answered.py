@@ -130,7 +130,11 @@ async def test_metrics_of_both_planes_have_their_names(pair: Pair, stage: Stage)
     assert pair.metric("control", "sip_pbx_call_duration_seconds_count", direction="inbound") >= 1
     assert pair.metric("control", "sip_pbx_calls_ended_total", result="answered", reason="hangup") >= 1
     assert pair.metric("control", "sip_pbx_sip_requests_total", method="INVITE", direction="out") >= 1
-    assert pair.metric("dataplane", "sip_pbx_rtp_packets_total", direction="rx", kind="rtp") >= 50
+    pair.wait(
+        lambda: pair.metric("dataplane", "sip_pbx_rtp_packets_total", direction="rx", kind="rtp") >= 50,
+        5,
+        "the packets of the call are counted",
+    )
     names = {name for name, _ in pair.metrics("control")}
     assert {"sip_pbx_errors_total", "sip_pbx_registrations", "sip_pbx_sip_transactions"} <= names
     names = {name for name, _ in pair.metrics("dataplane")}

@@ -62,7 +62,7 @@ async def test_user_that_is_not_registered_is_unavailable(stage: Stage) -> None:
     caller = await stage.actor("caller_is_refused", ALICE, dials="1003")
     await caller.finish()
     assert caller.final_status == 480
-    assert termination(await stage.cdr()) == ("failed", "not-registered", 480)
+    assert termination(await stage.cdr()) == ("rejected", "not-registered", 480)
 
 
 @pytest.mark.rfc("3261", "22.1")
@@ -95,7 +95,7 @@ class TestLimits:
         with Pair(tmp_path / "pair", control=SIPP_SETTINGS | control, dataplane=dataplane) as started:
             yield started
 
-    @pytest.mark.parametrize("pair", [({}, {"ports": {"first": 12100, "last": 12115}})], indirect=True)
+    @pytest.mark.parametrize("pair", [({}, {"media": {"port_range": [12096, 12103]}})], indirect=True)
     async def test_call_without_a_free_port_block_is_refused_before_anyone_rings(self, stage: Stage) -> None:
         await _fill_and_refuse(stage, "ports-exhausted")
 
@@ -118,7 +118,7 @@ async def _fill_and_refuse(stage: Stage, reason: str) -> None:
     (refusal,) = second.received("INVITE", 503)
     if reason != "ports-exhausted":
         assert int(refusal.require("Retry-After")) > 0
-    assert termination(await stage.cdr()) == ("rejected" if reason != "ports-exhausted" else "failed", reason, 503)
+    assert termination(await stage.cdr()) == ("rejected", reason, 503)
     assert untouched.trace() == []
     await first.hang_up()
     assert termination(await stage.cdr()) == ("answered", "hangup", 200)

@@ -37,7 +37,7 @@ async def test_update_is_answered_with_and_without_a_description(stage: Stage) -
     await scene.caller.until_received("INVITE", 200)
     scene.caller.cue()
     refreshed = await scene.caller.until_received("UPDATE", 200)
-    assert refreshed.body == ""
+    assert refreshed.body.strip() == ""
     scene.caller.cue()
     await scene.caller.until_received("UPDATE", 200, count=2)
     (line,) = await scene.caller.media("UPDATE", 200, count=2)
