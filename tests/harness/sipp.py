@@ -43,6 +43,7 @@ class Actor:
         self.local = local
         self._folder = folder
         self._process = process
+        self._cues = 0
 
     @classmethod
     async def start(
@@ -176,14 +177,18 @@ class Actor:
     def cue(self) -> None:
         """Let the scenario go on, in each of its calls.
 
-        The cue carries From and To of what the call received last, because scenarios copy them from there.
+        The cue carries From and To of what the call received last, because scenarios copy them from there. No two cues
+        are alike, because SIPp takes the second for a retransmission.
         """
         last = {entry.message.require("Call-ID"): entry.message for entry in self.trace() if not entry.sent}
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             for message in last.values():
                 kept = [(name, message.require(name)) for name in ("From", "To", "Call-ID")]
-                via = ("Via", "SIP/2.0/UDP 127.0.0.1:9;branch=z9hG4bKcue")
-                sock.sendto(request("CUE", "sip:actor", [via, *kept, ("CSeq", "1 CUE")]).encode(), self.local)
+                self._cues += 1
+                via = ("Via", f"SIP/2.0/UDP 127.0.0.1:9;branch=z9hG4bKcue{self._cues}")
+                sock.sendto(
+                    request("CUE", "sip:actor", [via, *kept, ("CSeq", f"{self._cues} CUE")]).encode(), self.local
+                )
 
     def story(self) -> str:
         """What SIPp complained about and the messages it saw, for a failing test."""
