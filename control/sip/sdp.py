@@ -231,7 +231,7 @@ class SessionDescription:
             raise RemoteProtocolError(400, f"more than {MAX_MEDIA_LINES} m= lines in SDP")
         media = tuple(
             MediaDescription.parse(lines[start:end])
-            for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)
+            for start, end in zip(starts, [*starts[1:], len(lines)], strict=False)
         )
         origin: Origin | None = None
         session_name = "-"

@@ -159,6 +159,7 @@ async def nothing_grows(folder: Path, *, warm_up: int, calls: int, allowed_kib: 
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.soak
 async def test_two_thousand_calls_leave_no_port_descriptor_thread_timer_or_memory_behind(tmp_path: Path) -> None:
     await nothing_grows(tmp_path / "pair", warm_up=400, calls=2000, allowed_kib=2048)
 

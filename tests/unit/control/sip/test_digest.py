@@ -259,9 +259,14 @@ def test_unknown_user_and_wrong_password_get_the_same_verdict(authenticator: Dig
 def test_the_same_hashes_are_computed_for_everybody(
     authenticator: DigestAuthenticator, monkeypatch: pytest.MonkeyPatch, password: Password | None
 ) -> None:
-    calls = []
+    calls: list[str] = []
     real = digest._hash
-    monkeypatch.setattr(digest, "_hash", lambda algorithm, text: calls.append(algorithm) or real(algorithm, text))
+
+    def counted(algorithm: str, text: str) -> str:
+        calls.append(algorithm)
+        return real(algorithm, text)
+
+    monkeypatch.setattr(digest, "_hash", counted)
     value = authorization(nonce_of(authenticator.challenges(NOW)[0]), password="guess")
     assert verify(authenticator, value, password_of=lambda _: password) == Denied(DenialReason.WRONG, "1001")
     assert calls == ["SHA-256"] * 3
