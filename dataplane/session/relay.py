@@ -197,7 +197,7 @@ class RelayPort:
 
     def receive_rtp(self, packet: Packet, size: int, source: Source, now: float) -> Forward | None:
         """As `receive`, for the RTP port; quickest for a plain packet of the locked source, which is what most are."""
-        if packet[0] != 0x80 or size < 12 or size > MAX_PACKET_BYTES or self._mux:
+        if size < 12 or packet[0] != 0x80 or size > MAX_PACKET_BYTES or self._mux:
             if size > MAX_PACKET_BYTES:
                 return self._drop(DropReason.TOO_BIG)
             if self._mux and is_rtcp(packet, size):
