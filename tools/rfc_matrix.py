@@ -28,6 +28,7 @@ TITLES = {
     "3550": "RTP: A Transport Protocol for Real-Time Applications",
     "3551": "RTP Profile for Audio and Video Conferences",
     "3581": "Symmetric Response Routing",
+    "4733": "RTP Payload for DTMF Digits, Telephony Tones and Telephony Signals",
     "3960": "Early Media and Ringing Tone",
     "3605": "RTCP Attribute in SDP",
     "4028": "Session Timers in SIP",
@@ -89,7 +90,7 @@ def render(claims: Claims) -> str:
     """The page."""
     parts = [PREAMBLE]
     for number in sorted(claims.tests, key=int):
-        parts.append(f"\n## RFC {number}: {TITLES[number]}\n")
+        parts.append(f"\n## RFC {number}: {TITLES.get(number, '')}\n")
         for section in sorted(claims.tests[number], key=section_order):
             parts.append(f"\n### Section {section}\n" if section[0].isdigit() else f"\n### Appendix {section}\n")
             for test in sorted(claims.tests[number][section]):
