@@ -1,5 +1,7 @@
 """The rules of relaying: whose packets are taken, where they go, what is counted and reported."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -481,3 +483,19 @@ def test_a_source_learned_for_another_address_is_not_taken_over() -> None:
     learned = (LearnedSource(Leg.CALLER, 0, ("192.0.2.77", 1), STRANGER),)
     session.apply(RelayPlan("s", 1, (CALLER_PLAN, CALLEE_PLAN)), 0.0, learned)
     assert all(stream.source is None for stream in session.snapshot())
+
+
+def test_sessions_and_lines_that_ended_are_freed_without_the_garbage_collector() -> None:
+    bench = Bench()
+    bench.receive()
+    video = replace(CALLER_PLAN, line=1, rtp_port=21_002), replace(CALLEE_PLAN, line=1, rtp_port=21_006)
+    bench.session.apply(RelayPlan("s", 2, (CALLER_PLAN, CALLEE_PLAN, *video)), bench.now)
+    gc.disable()
+    try:
+        ports = [weakref.ref(port) for port in bench.session.ports.values()]
+        bench.apply()
+        assert [port() is None for port in ports] == [False, False, True, True]
+        bench.session.close()
+        assert [port() for port in ports] == [None] * 4
+    finally:
+        gc.enable()
