@@ -24,6 +24,7 @@ MAX_PAGE = 1000
 MAX_EVENTS = 256
 HEARTBEAT_S = 5.0
 DEFAULT_TIMEOUT_S = 5.0
+CLOCK_STEP_S = 0.1
 
 _STATUS_CODES = {
     Refusal.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
@@ -55,6 +56,7 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
         self._version = version
         self._observe = observe
         self._shut_down = shut_down
+        self._clocks = (time.monotonic(), datetime.now(UTC))
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve its methods on a server that has not been started."""
@@ -193,7 +195,7 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
             refused = RefusedError(Refusal.INTERNAL, "the data plane erred; its log says how")
         else:
             self._observe(method, "OK")
-            result.session.CopyFrom(_translator().session(view))
+            result.session.CopyFrom(self._translator().session(view))
             return result
         self._observe(method, refused.refusal.name)
         result.error.CopyFrom(wire.error(refused))
@@ -235,9 +237,8 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
         refused = RefusedError(Refusal.FENCED, "another control plane has acquired this data plane")
         await self._abort("Watch", refused, context)
 
-    @staticmethod
-    def _events(records: list[Record]) -> media_service_pb2.WatchResponse:
-        translator = _translator()
+    def _events(self, records: list[Record]) -> media_service_pb2.WatchResponse:
+        translator = self._translator()
         return media_service_pb2.WatchResponse(events=[translator.event(record) for record in records])
 
     async def ListSessions(  # noqa: N802
@@ -261,7 +262,7 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
             )
         except RefusedError as error:
             await self._abort("ListSessions", error, context)
-        translator = _translator()
+        translator = self._translator()
         more = len(views) > size
         self._observe("ListSessions", "OK")
         return media_service_pb2.ListSessionsResponse(
@@ -299,6 +300,14 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
             capacity=wire.capacity(self._node.capacity()),
         )
 
+    def _translator(self) -> Translator:
+        """One reading of both clocks serves until the wall clock is stepped, so that a repetition is the same."""
+        monotonic, utc = time.monotonic(), datetime.now(UTC)
+        passed_s = monotonic - self._clocks[0]
+        if abs((utc - self._clocks[1]).total_seconds() - passed_s) > CLOCK_STEP_S:
+            self._clocks = (monotonic, utc)
+        return Translator(*self._clocks)
+
     async def _owner(self, method: str, epoch: int, context: Context) -> Ownership:
         try:
             return self._node.owner_of(epoch)
@@ -311,7 +320,3 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
         metadata = ((ERROR_METADATA_KEY, wire.error(refused).SerializeToString()),)
         await context.abort(code, refused.message, metadata)
         raise AssertionError("unreachable: abort raises")
-
-
-def _translator() -> Translator:
-    return Translator(time.monotonic(), datetime.now(UTC))
