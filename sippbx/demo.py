@@ -4,13 +4,14 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from sippbx.pair import Pair, PairDescription, describe
 from sippbx.softphone.call import Call, CallState
-from sippbx.softphone.errors import SoftphoneError
+from sippbx.softphone.errors import DeadlineError, SoftphoneError
 from sippbx.softphone.phone import Account, Phone
 
 TALK_S = 5.0
@@ -79,10 +80,16 @@ async def _call(pair: PairDescription, tell: Callable[[str], None], talk_s: floa
 
 
 async def _talk(alice: Phone, bob: Phone, tell: Callable[[str], None], talk_s: float) -> bool:
-    outgoing = Call.place(alice, bob.account.user)
-    incoming = await Call.take(bob, deadline_s=STEP_DEADLINE_S)
-    tell(f"{alice.account.user} calls {bob.account.user}, which rings")
-    try:
+    async with AsyncExitStack() as calls:
+        outgoing = Call.place(alice, bob.account.user)
+        calls.push_async_callback(outgoing.close)
+        try:
+            incoming = await Call.take(bob, deadline_s=STEP_DEADLINE_S)
+        except DeadlineError:
+            await outgoing.wait_for(CallState.RINGING, 0)  # the PBX's refusal says more than the silence at the callee
+            raise
+        calls.push_async_callback(incoming.close)
+        tell(f"{alice.account.user} calls {bob.account.user}, which rings")
         incoming.ring()
         await outgoing.wait_for(CallState.RINGING, STEP_DEADLINE_S)
         await incoming.answer()
@@ -91,14 +98,12 @@ async def _talk(alice: Phone, bob: Phone, tell: Callable[[str], None], talk_s: f
         frames = round(talk_s / FRAME_S)
         talkers = (outgoing.lines[0], incoming.lines[0])
         await asyncio.gather(*(line.send_frames(frames) for line in talkers))
+        # What has not come by then is lost, and told as such.
         await asyncio.gather(*(line.wait_for(frames, STEP_DEADLINE_S) for line in talkers), return_exceptions=True)
         await outgoing.hang_up()
         await incoming.wait_for(CallState.ENDED, STEP_DEADLINE_S)
         tell(f"{alice.account.user} hung up")
-    finally:
-        reports = [(call.phone.account.user, call.lines[0].report) for call in (outgoing, incoming)]
-        await outgoing.close()
-        await incoming.close()
+    reports = [(call.phone.account.user, call.lines[0].report) for call in (outgoing, incoming)]
     for user, report in reports:
         tell(f"{user} sent {report.sent} packets and received {report.received}, {report.damaged} damaged")
     return all(len(report.frames) == frames and not report.damaged for _, report in reports)

@@ -32,7 +32,7 @@ class CallState(Enum):
 class Call:
     """One call, on either side. `place` and `take` make it.
 
-    `status` is the last status of the INVITE, sent or received; `ended_by` is "local" or "remote" once it has ended;
+    `status` and `reason` are the last of the INVITE, sent or received; `ended_by` is "local" or "remote" after its end;
     `early_media` tells whether a description came with a provisional response.
     """
 
@@ -42,6 +42,7 @@ class Call:
         self.lines = tuple(lines)
         self.state = CallState.CALLING
         self.status = 0
+        self.reason = ""
         self.ended_by = ""
         self.early_media = False
         self.remote_lines: list[sdp.RemoteLine] = []
@@ -157,7 +158,7 @@ class Call:
         if self._error is not None:
             raise self._error
         if self.state is CallState.ENDED is not state:
-            raise RefusedError("INVITE", self.status, "call ended")
+            raise RefusedError("INVITE", self.status, self.reason)
 
     async def hang_up(self) -> SipMessage:
         """End an answered call and give the response to the BYE.
@@ -250,7 +251,7 @@ class Call:
             answer = await self._send_invite(extra)
             if answer.status in {401, 407} and self._invite is not None:
                 answer = await self._send_invite([*extra, self.phone.authorize(answer, self._invite)])
-            self.status = answer.status
+            self.status, self.reason = answer.status, answer.reason
             if answer.status >= 300:
                 self._end("remote")
         except SoftphoneError as error:
@@ -322,7 +323,7 @@ class Call:
     def _answer_invite(self, status: int, reason: str, body: str = "") -> None:
         if self._invite is None:
             raise SoftphoneError("there is no INVITE to answer")
-        self.status = status
+        self.status, self.reason = status, reason
         self._respond(self._invite, status, reason, body=body)
 
     def _respond(self, message: SipMessage, status: int, reason: str, *extra: tuple[str, str], body: str = "") -> None:

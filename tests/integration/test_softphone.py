@@ -65,7 +65,7 @@ async def test_refused_call_names_its_status(phones: tuple[Phone, Phone]) -> Non
     outgoing = Call.place(alice, "bob")
     incoming = await Call.take(bob, deadline_s=2)
     incoming.reject(486, "Busy Here")
-    with pytest.raises(RefusedError, match="486"):
+    with pytest.raises(RefusedError, match="INVITE was refused: 486 Busy Here"):
         await outgoing.wait_for(CallState.ANSWERED, 2)
     await outgoing.close()
     await incoming.close()
