@@ -146,16 +146,17 @@ class MediaDescription:
         Raises:
             RemoteProtocolError: 400, malformed `m=` or `c=` line.
         """
-        kind, *fields = lines[0][2:].split()
-        if len(fields) < 2:
+        fields = lines[0][2:].split()
+        if len(fields) < 3:
             raise RemoteProtocolError(400, "malformed m= line in SDP")
-        port_text, slash, count_text = fields[0].partition("/")
+        kind, port_text, protocol, *formats = fields
+        port_text, slash, count_text = port_text.partition("/")
         port = parse_decimal(port_text, MAX_PORT)
         count = parse_decimal(count_text, MAX_PORT) if slash else 1
-        if port is None or not count or (port and len(fields) < 3):
+        if port is None or not count or (port and not formats):
             raise RemoteProtocolError(400, "malformed m= line in SDP")
         address, others = _take_address(lines[1:])
-        return cls(kind, port, fields[1], tuple(fields[2:]), address, others, count)
+        return cls(kind, port, protocol, tuple(formats), address, others, count)
 
     def attribute(self, name: str) -> str | None:
         """The value of the first `a=name`, "" when it has none, None when there is no such attribute."""
@@ -229,10 +230,8 @@ class SessionDescription:
         starts = [i for i, line in enumerate(lines) if line.startswith("m=")]
         if len(starts) > MAX_MEDIA_LINES:
             raise RemoteProtocolError(400, f"more than {MAX_MEDIA_LINES} m= lines in SDP")
-        media = tuple(
-            MediaDescription.parse(lines[start:end])
-            for start, end in zip(starts, [*starts[1:], len(lines)], strict=False)
-        )
+        ends = [*starts, len(lines)][1:]
+        media = tuple(MediaDescription.parse(lines[start:end]) for start, end in zip(starts, ends, strict=True))
         origin: Origin | None = None
         session_name = "-"
         others = []
@@ -366,14 +365,11 @@ def _take_address(lines: Sequence[str]) -> tuple[str | None, tuple[str, ...]]:
 
 def _with_address(lines: Sequence[str], address: str | None, before: tuple[str, ...]) -> Iterator[str]:
     """`lines` with a `c=` line at its place, behind leading lines of the types `before`."""
-    pending = address is not None
-    for line in lines:
-        if pending and not line.startswith(before):
-            yield f"c={_network_address(address or '')}"
-            pending = False
-        yield line
-    if pending:
-        yield f"c={_network_address(address or '')}"
+    at = next((i for i, line in enumerate(lines) if not line.startswith(before)), len(lines))
+    yield from lines[:at]
+    if address is not None:
+        yield f"c={_network_address(address)}"
+    yield from lines[at:]
 
 
 def _with_time(lines: tuple[str, ...]) -> tuple[str, ...]:

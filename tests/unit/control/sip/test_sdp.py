@@ -143,6 +143,8 @@ def test_octets_that_are_no_utf8_are_kept() -> None:
         text_of().replace(b"c=IN IP4 192.0.2.10", b"c=IN IP4"),
         text_of().replace(b"c=IN IP4 192.0.2.10", b"c=ATM IP4 192.0.2.10"),
         text_of().replace(b"c=IN IP4 192.0.2.10", b"c=IN IP4 /127"),
+        text_of("m="),
+        text_of("m= "),
         text_of("m=audio"),
         text_of("m=audio 4000"),
         text_of("m=audio 4000 RTP/AVP"),
