@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,15 @@ RTP_SLOTS = 300
 TALK_S = 0.2
 CALLS_PER_S = 50.0
 QUIET_S = 40.0
+POOL_THREADS = 6
+"""The pools of asyncio and gRPC start their threads as they need them, up to a bound."""
 
 CONTROL = {
     "users": [{"name": name, "password": f"secret-of-{name}"} for name in (CALLER.user, *BEHAVIOURS)],
     "routes": [],
     "limits": {"max_calls": 1000, "calls_per_second": 1000},
 }
-DATAPLANE = {"media": {"port_range": list(RTP_RANGE), "rest_s": 5}}
+DATAPLANE = {"media": {"port_range": list(RTP_RANGE), "rest_s": 5}, "lease": {"tombstone_s": 5}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,7 @@ def _rtp(number: int, first: int) -> tuple[str, int]:
     return PHONES, first + 2 * (number % RTP_SLOTS)
 
 
-async def nothing_grows(folder: Path, *, warm_up: int, calls: int, allowed_kib: float) -> None:
+async def nothing_grows(folder: Path, *, warm_up: int, calls: int, allowed_kib: Mapping[str, float]) -> None:
     with Pair(folder, control=CONTROL, dataplane=DATAPLANE) as pair:
         async with Load(pair) as load:
             await load.place(warm_up)
@@ -154,17 +157,18 @@ async def nothing_grows(folder: Path, *, warm_up: int, calls: int, allowed_kib: 
     growth = after.growth_kib(before)
     print(f"{calls} calls: memory {growth} KiB, descriptors {before.descriptors} -> {after.descriptors}")
     assert after.descriptors == before.descriptors
-    assert after.threads == before.threads
-    assert max(growth.values()) < allowed_kib, growth
+    assert all(after.threads[plane] <= before.threads[plane] + POOL_THREADS for plane in after.threads)
+    assert all(growth[plane] < allowed for plane, allowed in allowed_kib.items()), growth
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.soak
 async def test_two_thousand_calls_leave_no_port_descriptor_thread_timer_or_memory_behind(tmp_path: Path) -> None:
-    await nothing_grows(tmp_path / "pair", warm_up=400, calls=2000, allowed_kib=2048)
+    # The data plane's log of events, which has an end, is not full yet after so few calls; nonces are remembered for
+    # five minutes. A leak of one kibibyte a call, which is less than a task or a timer takes, would exceed both bounds.
+    await nothing_grows(tmp_path / "pair", warm_up=400, calls=2000, allowed_kib={"control": 3000, "dataplane": 6500})
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 async def test_twenty_thousand_calls_leave_nothing_behind(tmp_path: Path) -> None:
-    await nothing_grows(tmp_path / "pair", warm_up=2000, calls=20_000, allowed_kib=4096)
+    await nothing_grows(tmp_path / "pair", warm_up=6000, calls=20_000, allowed_kib={"control": 6000, "dataplane": 3000})
