@@ -57,6 +57,16 @@ def run(tmp_path: Path) -> Iterator[Run]:
     for process in started:
         process.kill()
         process.wait(DEADLINE_S)
+    # The planes of a killed run end by themselves a moment later; the next test needs their ports.
+    deadline = time.monotonic() + DEADLINE_S
+    while started and any(is_served(port) for port in (METRICS_PORT, METRICS_PORT + 1)):
+        assert time.monotonic() < deadline, "a plane outlived its run"
+        time.sleep(0.02)
+
+
+def is_served(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def output_of(folder: Path) -> str:
