@@ -77,8 +77,7 @@ class Endpoint(asyncio.DatagramProtocol):
             self.response_received(message)
 
     def request_received(self, message: Message, received_at: float) -> None:
-        """A request from the PBX, which came at this monotonic time."""
-        raise NotImplementedError
+        """A request from the PBX, which came at this monotonic time; this one expects none and leaves it unanswered."""
 
     def response_received(self, message: Message) -> None:
         """A response that no transaction waits for, such as a 200 once more."""

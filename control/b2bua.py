@@ -5,14 +5,16 @@ control.pbx. Requests from trunks are trusted by source address, all others are 
 """
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Final, Protocol, assert_never
+from urllib.parse import quote
 
 import structlog
 
@@ -39,7 +41,7 @@ from control.pbx.trunks import Trunks
 from control.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DenialReason, Denied, DigestAuthenticator, Password, Verified
-from control.sip.errors import LocalProtocolError, RemoteProtocolError
+from control.sip.errors import RemoteProtocolError
 from control.sip.headers import NameAddr, Uri
 from control.sip.message import Request, Response, build_response
 from control.sip.session import (
@@ -151,8 +153,9 @@ class B2bua:
         self._calls: dict[CallId, Call] = {}
         self._legs: dict[tuple[str, str], tuple[Call, LegName]] = {}
         self._transactions: dict[TransactionId, tuple[Call, LegName]] = {}
-        self._transactions_of: dict[CallId, list[TransactionId]] = {}
-        # A call stands here once for each deadline it has had; entries that no longer hold are passed over.
+        self._transactions_of: dict[CallId, set[TransactionId]] = {}
+        # A call stands here once for each change of its deadline; entries that no longer hold are passed over.
+        self._armed: dict[CallId, float] = {}
         self._deadlines: list[tuple[float, int, Call]] = []
         self._entries = itertools.count()
         self._alarm: asyncio.TimerHandle | None = None
@@ -167,7 +170,8 @@ class B2bua:
             self._metrics.error("sip", "too-big")
             return
         now = self._clock()
-        self._perform_stack(self._stack.receive(data, flow, now), now)
+        with self._border():
+            self._perform_stack(self._stack.receive(data, flow, now), now)
         self._arm()
 
     def media_input(self, event: MediaInput) -> None:
@@ -176,7 +180,8 @@ class B2bua:
         if call is None:
             return
         now = self._clock()
-        self._perform(call, call.receive_media(event, now), now)
+        with self._border(call):
+            self._perform(call, call.receive_media(event, now), now)
         self._arm()
 
     def active_calls(self) -> Mapping[str, int]:
@@ -219,6 +224,8 @@ class B2bua:
                     self._guard(output, now)
                 case ResponseReceived():
                     key = (output.response.call_id, output.response.from_.tag or "")
+                    if output.response.status >= 200:
+                        self._disown(output.transaction)
                     self._to_leg(self._legs.get(key), output, now)
                 case AckReceived():
                     key = (output.request.call_id, output.request.to.tag or "")
@@ -240,8 +247,8 @@ class B2bua:
             self._dispatch(event, now)
         except RemoteProtocolError as error:
             self._answer(event.transaction, refusal(request, error, self._new_token()), now)
-        except LocalProtocolError:
-            self._metrics.error("sip", "local-protocol-error")
+        except Exception:  # noqa: BLE001 -- the border of one request
+            self._metrics.error("sip", "request-failed")
             _log.exception("sip.request_failed", method=request.method, sip_call_id=request.call_id)
             self._answer(event.transaction, build_response(request, 500, to_tag=self._new_token()), now)
 
@@ -252,7 +259,8 @@ class B2bua:
             if entry is None or not self._is_of_peer(entry, request):
                 self._answer(event.transaction, build_response(request, 481), now)
                 return
-            self._to_leg(entry, event, now)
+            call, leg = entry
+            self._perform(call, call.receive(leg, event, now), now)
             return
         match request.method:
             case "INVITE":
@@ -277,7 +285,33 @@ class B2bua:
     def _to_leg(self, entry: tuple[Call, LegName] | None, event: StackEvent, now: float) -> None:
         if entry is not None:
             call, leg = entry
-            self._perform(call, call.receive(leg, event, now), now)
+            with self._border(call):
+                self._perform(call, call.receive(leg, event, now), now)
+
+    @contextlib.contextmanager
+    def _border(self, call: Call | None = None) -> Iterator[None]:
+        """Whatever one event brings costs its own call at the most, and never the alarm of the others."""
+        try:
+            yield
+        except RemoteProtocolError as error:
+            self._metrics.error("sip", "remote-protocol-error")
+            _log.warning("sip.message_unusable", call_id=call.call_id if call else None, error=str(error))
+        except Exception:  # noqa: BLE001 -- the border of one event
+            self._metrics.error("sip", "event-failed")
+            _log.exception("call.failed", call_id=call.call_id if call else None)
+            if call is not None:
+                self._give_up(call)
+
+    def _give_up(self, call: Call) -> None:
+        """Ends a call that tripped over a bug of ours; one that cannot even be ended is forgotten."""
+        now = self._clock()
+        try:
+            termination = Termination(Result.FAILED, Reason.INTERNAL_ERROR, 500, detail="see the log")
+            self._perform(call, call.hang_up(termination, now), now)
+        except Exception:  # noqa: BLE001 -- there is nothing left to try
+            _log.exception("call.abandoned", call_id=call.call_id)
+            self._media.close(call.call_id)
+            self._forget(call)
 
     # ---- registration and authentication ---------------------------------------------------------------------------
 
@@ -350,29 +384,38 @@ class B2bua:
         uri = Uri.parse(request.uri)
         trunk = self._trunks.of_source(flow.remote)
         shown = request.from_.uri.username or "anonymous"
+        direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
+        if trunk is None and "Proxy-Authorization" not in request.headers:
+            self._metrics.authentication(request.method, DenialReason.MISSING.value)
+            self._deny(event, Denied(DenialReason.MISSING), now, status=407)
+            return
+        # Before the credentials are looked at: whoever guesses passwords is held to the rate, too.
+        refused = self._admission.admit(flow.remote, sum(self.active_calls().values()), now)
         if trunk is None:
+            if refused is not None and refused.reason is Reason.RATE_LIMIT:
+                # Nobody has shown who he is, so he cannot fill the disk with records either.
+                self._metrics.error("sip", "rate-limit")
+                _log.warning("call.rate_limited", source=str(flow.remote))
+                self._answer(event.transaction, self._refusal_of(request, refused), now)
+                return
             verdict = self._authenticate(request, "Proxy-Authorization", now)
             if isinstance(verdict, Denied):
                 if verdict.reason in (DenialReason.WRONG, DenialReason.MALFORMED):
                     detail = f"credentials of {verdict.username or 'nobody'}: {verdict.reason.value}"
-                    refused = Refusal(403, Reason.WRONG_CREDENTIALS, detail)
-                    self._record_refusal(event, refused, CallDirection.INTERNAL, (shown, uri))
+                    wrong = Refusal(403, Reason.WRONG_CREDENTIALS, detail)
+                    self._record_refusal(event, wrong, direction, (shown, uri))
                 self._deny(event, verdict, now, status=407)
                 return
             shown = verdict.username
         caller = Caller(trunk=trunk.name) if trunk is not None else Caller(user=shown)
-        direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
-        verdict_or_route = self._room_for(flow, now) or self._router.route(caller, uri, now)
-        if isinstance(verdict_or_route, Refusal):
-            self._refuse_call(event, verdict_or_route, direction, (shown, uri))
+        refused = refused or self._media_refusal()
+        route = refused or self._router.route(caller, uri, now)
+        if isinstance(route, Refusal):
+            self._refuse_call(event, route, direction, (shown, uri))
             return
-        self._start_call(event, caller, shown, verdict_or_route, now)
+        self._start_call(event, caller, shown, route, now)
 
-    def _room_for(self, flow: Flow, now: float) -> Refusal | None:
-        active = sum(self.active_calls().values())
-        refused = self._admission.admit(flow.remote, active, now)
-        if refused is not None:
-            return refused
+    def _media_refusal(self) -> Refusal | None:
         failure = self._media.unavailable()
         if failure is None:
             return None
@@ -432,13 +475,13 @@ class B2bua:
         """Who is on the call. The callee's leg names the caller at our own address, never at its own."""
         here = self._address_at(target.flow)
         user = self._users.get(caller.user) if caller.user is not None else None
-        display_name = (user.display_name or None) if user is not None else request.from_.display_name
+        display_name = (user.display_name if user is not None else "") or request.from_.display_name
         hops = request.max_forwards
         return Parties(
             direction=route.direction,
             caller=shown,
             callee=route.number,
-            shown_caller=NameAddr(_uri(shown, here), display_name or request.from_.display_name),
+            shown_caller=NameAddr(_uri(shown, here), display_name),
             shown_callee=NameAddr(replace(target.uri, params=(), headers="")),
             request_uri=str(target.uri),
             max_forwards=(DEFAULT_MAX_FORWARDS if hops is None else hops) - 1,
@@ -459,10 +502,13 @@ class B2bua:
         self, event: RequestReceived, refused: Refusal, direction: CallDirection, parties: tuple[str, Uri]
     ) -> None:
         self._record_refusal(event, refused, direction, parties)
-        response = build_response(event.request, refused.status, to_tag=self._new_token())
+        self._answer(event.transaction, self._refusal_of(event.request, refused), self._clock())
+
+    def _refusal_of(self, request: Request, refused: Refusal) -> Response:
+        response = build_response(request, refused.status, to_tag=self._new_token())
         if refused.retry_after_s is not None:
             response.headers.add("Retry-After", str(refused.retry_after_s))
-        self._answer(event.transaction, response, self._clock())
+        return response
 
     def _record_refusal(
         self, event: RequestReceived, refused: Refusal, direction: CallDirection, parties: tuple[str, Uri]
@@ -518,12 +564,19 @@ class B2bua:
                     assert_never(effect)
         if call.done:
             self._forget(call)
-        elif (deadline := call.next_deadline()) is not None:
+        elif (deadline := call.next_deadline()) is not None and self._armed.get(call.call_id) != deadline:
+            self._armed[call.call_id] = deadline
             heapq.heappush(self._deadlines, (deadline, next(self._entries), call))
 
     def _own(self, transaction: TransactionId, call: Call, leg: LegName) -> None:
         self._transactions[transaction] = (call, leg)
-        self._transactions_of.setdefault(call.call_id, []).append(transaction)
+        self._transactions_of.setdefault(call.call_id, set()).add(transaction)
+
+    def _disown(self, transaction: TransactionId) -> None:
+        """A transaction that has its final answer cannot fail any more."""
+        entry = self._transactions.pop(transaction, None)
+        if entry is not None:
+            self._transactions_of[entry[0].call_id].discard(transaction)
 
     @staticmethod
     def _leg_of(call: Call, request: Request) -> LegName:
@@ -546,6 +599,7 @@ class B2bua:
             return
         for session in call.legs.values():
             self._legs.pop((session.sip_call_id, session.local_tag), None)
+        self._armed.pop(call.call_id, None)
         for transaction in self._transactions_of.pop(call.call_id, ()):
             self._transactions.pop(transaction, None)
         if not self._calls:
@@ -571,16 +625,20 @@ class B2bua:
 
     def _is_stale(self, entry: tuple[float, int, Call]) -> bool:
         deadline, _, call = entry
-        return call.call_id not in self._calls or call.next_deadline() != deadline
+        return self._armed.get(call.call_id) != deadline
 
     def _ring(self, due: float) -> None:
         self._alarm = None
         now = max(due, self._clock())
-        self._perform_stack(self._stack.handle_timer(now), now)
+        with self._border():
+            self._perform_stack(self._stack.handle_timer(now), now)
         while self._deadlines and self._deadlines[0][0] <= now:
             entry = heapq.heappop(self._deadlines)
             if not self._is_stale(entry):
-                self._perform(entry[2], entry[2].handle_timer(now), now)
+                call = entry[2]
+                del self._armed[call.call_id]
+                with self._border(call):
+                    self._perform(call, call.handle_timer(now), now)
         for binding in self._registrar.expire(now):
             _log.info("registration.expired", user=binding.aor, contact=str(binding.contact))
         self._arm()
@@ -592,8 +650,7 @@ def _uri(user: str, address: Address) -> Uri:
 
 def _escaped(user: str) -> str:
     """A user part as a URI writes it (RFC 3261 section 25.1, user)."""
-    plain = "-_.!~*'()&=+$,;?/"
-    return "".join(c if c.isascii() and (c.isalnum() or c in plain) else f"%{ord(c) & 0xFF:02X}" for c in user)
+    return quote(user, safe="-_.!~*'()&=+$,;?/", errors="surrogateescape")
 
 
 def _leg_record(request: Request, remote: Address, user: str | None, trunk: str | None) -> LegRecord:

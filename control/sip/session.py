@@ -31,6 +31,8 @@ ALLOW: Final = "INVITE, ACK, BYE, CANCEL, OPTIONS, PRACK, UPDATE"
 SUPPORTED: Final = "100rel"
 SDP: Final = "application/sdp"
 MAX_GLARE_RETRIES: Final = 5
+# How many branches of a forked INVITE are followed; a peer that invents To tags gets no more of our memory.
+MAX_BRANCHES: Final = 16
 MAX_RSEQ: Final = 2**31 - 1
 
 
@@ -282,6 +284,7 @@ class InviteSession:
         self._early: dict[str, Dialog] = {}
         self._rseq_seen: dict[str, int] = {}
         self._acks: dict[str, SendAck] = {}
+        self._last_ack: SendAck | None = None  # of the last re-INVITE
         self._unacknowledged: tuple[Dialog, int] | None = None
         # Both.
         self._local_offer: _LocalOffer | None = None
@@ -692,6 +695,8 @@ class InviteSession:
         if tag and response.contact is not None and self._initial is not None:
             self.state = SessionState.EARLY
             if tag not in self._early:
+                if len(self._early) >= MAX_BRANCHES:
+                    return []
                 self._early[tag] = Dialog.of_client(self._initial, response)
             self.dialog = self._early[tag]
             if "100rel" in response.require:
@@ -722,7 +727,7 @@ class InviteSession:
             return [self._acks[tag]]
         if self._unacknowledged is not None and self._unacknowledged[0].remote.tag == response.to.tag:
             return []  # its ACK waits for our answer
-        if self._initial is None:
+        if self._initial is None or len(self._acks) >= MAX_BRANCHES:
             return []
         try:
             dialog = self._early.get(tag) or Dialog.of_client(self._initial, response)
@@ -761,12 +766,11 @@ class InviteSession:
             return []
         mine = offer is not None and event.transaction == client_id(offer.branch, offer.method)
         if response.cseq.method == "INVITE" and response.status < 300:
-            key = f"{response.to.tag} {response.cseq.number}"
-            if key in self._acks:
-                return [self._acks[key]]
+            if self._last_ack is not None and self._last_ack.request.cseq.number == response.cseq.number:
+                return [self._last_ack]
             self.dialog.refresh_target(response)
-            ack = self._ack(self.dialog, response.cseq.number, b"", key)
-            return [ack, *(self._offer_answered(response) if mine else [])]
+            self._last_ack = self._build_ack(self.dialog, response.cseq.number, b"")
+            return [self._last_ack, *(self._offer_answered(response) if mine else [])]
         if offer is None or not mine:
             return []
         if response.status < 300:
@@ -897,14 +901,17 @@ class InviteSession:
         request.headers.add("User-Agent", self._party.product)
         return SendRequest(request, self._hop(dialog), self._new_token())
 
-    def _ack(self, dialog: Dialog, cseq: int, sdp: bytes, key: str | None = None) -> SendAck:
+    def _ack(self, dialog: Dialog, cseq: int, sdp: bytes) -> SendAck:
+        """The ACK of a 2xx to the first INVITE, kept for each branch that answered, to be sent again."""
+        ack = self._acks[dialog.remote.tag or ""] = self._build_ack(dialog, cseq, sdp)
+        return ack
+
+    def _build_ack(self, dialog: Dialog, cseq: int, sdp: bytes) -> SendAck:
         request = dialog.request("ACK", cseq=cseq)
         if sdp:
             request.headers.add("Content-Type", SDP)
             request.body = sdp
-        ack = SendAck(request, self._hop(dialog), self._new_token())
-        self._acks[dialog.remote.tag or "" if key is None else key] = ack
-        return ack
+        return SendAck(request, self._hop(dialog), self._new_token())
 
     def _hop(self, dialog: Dialog) -> Flow:
         return self.flow if self._symmetric else dialog.next_hop(self.flow)
