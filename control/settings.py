@@ -10,25 +10,23 @@ from enum import StrEnum
 from ipaddress import ip_address, ip_network
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
     SecretStr,
-    model_validator,
 )
 
 from control.pbx.media import LatchPolicy, MediaMode
 from control.pbx.routing import USERS, NatHandling, RouteRule
 from control.pbx.trunks import Network, Trunk
 from control.sip.address import Address, Flow, Transport
-from sippbx.runtime.settings_reader import ContradictionError, Fault, Location, SettingsError, nearest_of, path_of, read
+from sippbx.runtime.settings_models import LogSettings, Section
+from sippbx.runtime.settings_reader import Fault, Location, SettingsError, nearest_of, path_of, read
 
 __all__ = ["Settings", "SettingsError", "load"]
 
@@ -123,36 +121,6 @@ def _duplicates(key: str, values: list[str], attribute: str) -> Iterator[Fault]:
 # The models ---------------------------------------------------------------------------------------------------------
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def contradictions(self) -> Iterator[Fault]:
-        """What is wrong between the keys of this section."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _free_of_contradictions(self) -> Self:
-        if faults := list(self.contradictions()):
-            raise ContradictionError(faults)
-        return self
-
-
-class LogLevel(StrEnum):
-    """The least severity that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    JSON = "json"
-    CONSOLE = "console"
-
-
 class DigestAlgorithm(StrEnum):
     """How passwords are proved (RFC 8760)."""
 
@@ -160,14 +128,7 @@ class DigestAlgorithm(StrEnum):
     MD5 = "MD5"
 
 
-class LogSettings(_Section):
-    """What is logged and how."""
-
-    level: LogLevel = LogLevel.INFO
-    format: LogFormat = LogFormat.JSON
-
-
-class _Advertising(_Section):
+class _Advertising(Section):
     """An address of ours and the one under which peers reach it."""
 
     bind: IpAddress = "0.0.0.0"
@@ -208,7 +169,7 @@ class ListenerSettings(_Advertising):
         return self.advertise_port or self.port
 
 
-class TimerSettings(_Section):
+class TimerSettings(Section):
     """RFC 3261 section 17.1.1.1, in seconds."""
 
     t1_s: Annotated[float, Field(gt=0, le=5)] = 0.5
@@ -223,7 +184,7 @@ class TimerSettings(_Section):
             )
 
 
-class SipSettings(_Section):
+class SipSettings(Section):
     """Signalling."""
 
     listeners: Annotated[tuple[ListenerSettings, ...], Field(min_length=1)] = (ListenerSettings(name="udp"),)
@@ -237,7 +198,7 @@ class SipSettings(_Section):
         yield from _duplicates("listeners", [listener.name for listener in self.listeners], "name")
 
 
-class RegistrarSettings(_Section):
+class RegistrarSettings(Section):
     """How long and how often users may register (RFC 3261 section 10.3)."""
 
     # Step 7 lets a registrar refuse no interval of an hour or more.
@@ -259,7 +220,7 @@ class RegistrarSettings(_Section):
             )
 
 
-class Ha1Settings(_Section):
+class Ha1Settings(Section):
     """Hashes of user:realm:password in hexadecimal (RFC 7616 section 3.4.2)."""
 
     md5: SecretStr | None = None
@@ -274,7 +235,7 @@ class Ha1Settings(_Section):
                 yield Fault((key,), f"must be {digits} hexadecimal digits: the hash of user:realm:password")
 
 
-class UserSettings(_Section):
+class UserSettings(Section):
     """Somebody who registers and calls, with one of a password and its hashes."""
 
     name: UserName
@@ -293,7 +254,7 @@ class UserSettings(_Section):
             yield Fault(("password",), "is empty; anybody could register")
 
 
-class TrunkSettings(_Section):
+class TrunkSettings(Section):
     """A peer with a static address."""
 
     name: Name
@@ -316,7 +277,7 @@ class TrunkSettings(_Section):
                 yield Fault(("trusted", index), f"{network} trusts everybody; name the peer's own networks")
 
 
-class RouteSettings(_Section):
+class RouteSettings(Section):
     """Where numbers with a prefix go, for callers that may use it."""
 
     prefix: Prefix
@@ -340,7 +301,7 @@ class RouteSettings(_Section):
             )
 
 
-class LimitSettings(_Section):
+class LimitSettings(Section):
     """What is refused to protect the calls that run."""
 
     max_calls: Annotated[int, Field(ge=1, le=100_000)] = 1000
@@ -353,7 +314,7 @@ class MediaAddressSettings(_Advertising):
     """What the data plane binds for one IP family, and what SDP says of it."""
 
 
-class MediaSettings(_Section):
+class MediaSettings(Section):
     """The data plane, as the control plane uses it."""
 
     target: GrpcTarget = "unix:///run/sippbx/media.sock"
@@ -370,7 +331,7 @@ class MediaSettings(_Section):
         yield from _duplicates("addresses", [f"IPv{address.version}" for address in self.addresses], "bind")
 
 
-class CdrSettings(_Section):
+class CdrSettings(Section):
     """Where call detail records are kept."""
 
     sqlite_path: Path = Path("/var/lib/sippbx/cdr.sqlite")
@@ -382,14 +343,14 @@ class CdrSettings(_Section):
             yield Fault(("jsonl_path",), f"{self.jsonl_path} is sqlite_path, too; give each a file of its own")
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """Where Prometheus finds /metrics, over TCP."""
 
     bind: IpAddress = "0.0.0.0"
     port: Port = 9090
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything that can be set, checked as a whole: an instance has no contradictions."""
 
     node_name: Annotated[NodeName, Field(validate_default=True)] = Field(default_factory=socket.gethostname)

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field
 
-from sippbx.runtime.settings_reader import ContradictionError, Fault, SettingsError, read
+from sippbx.runtime.settings_models import LogSettings, Section
+from sippbx.runtime.settings_reader import Fault, SettingsError, read
 
 __all__ = ["Settings", "SettingsError", "load", "prepare_host"]
 
@@ -41,44 +42,7 @@ IpAddress = Annotated[str, AfterValidator(_numeric)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def contradictions(self) -> Iterator[Fault]:
-        """What is wrong between the keys of this section."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _free_of_contradictions(self) -> Self:
-        if faults := list(self.contradictions()):
-            raise ContradictionError(faults)
-        return self
-
-
-class LogLevel(StrEnum):
-    """The least severity that is logged."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class LogFormat(StrEnum):
-    """How log lines look."""
-
-    JSON = "json"
-    CONSOLE = "console"
-
-
-class LogSettings(_Section):
-    """What is logged and how."""
-
-    level: LogLevel = LogLevel.INFO
-    format: LogFormat = LogFormat.JSON
-
-
-class GrpcSettings(_Section):
+class GrpcSettings(Section):
     """Where the control plane programs the data plane."""
 
     listen: Annotated[str, AfterValidator(_listen_target)] = "unix:///run/sippbx/media.sock"
@@ -100,7 +64,7 @@ class Engine(StrEnum):
     USERSPACE = "userspace"
 
 
-class MediaSettings(_Section):
+class MediaSettings(Section):
     """Ports and how they are used."""
 
     engine: Engine = Engine.USERSPACE
@@ -121,7 +85,7 @@ class MediaSettings(_Section):
             yield Fault(("port_range",), f"{first} to {last} holds no block of {self.block_size} ports; widen it")
 
 
-class LeaseSettings(_Section):
+class LeaseSettings(Section):
     """How long things outlive their owner, in seconds."""
 
     owner_grace_s: Annotated[float, Field(ge=1, le=86_400)] = 120.0
@@ -129,14 +93,14 @@ class LeaseSettings(_Section):
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 3600.0
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """Where Prometheus finds /metrics."""
 
     bind: IpAddress = "0.0.0.0"
     port: Port = 9091
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything that can be set."""
 
     log: LogSettings = LogSettings()
