@@ -437,3 +437,51 @@ def test_video_beyond_the_block_and_other_media_are_refused_line_by_line() -> No
     assert rig.invite is not None
     lines = SessionDescription.parse(rig.invite.request.body).media
     assert [line.port for line in lines] == [10004, 0, 10006, 0]
+
+
+def test_offer_of_a_change_that_cannot_be_read_gets_400_and_the_call_goes_on() -> None:
+    rig = Rig().answered().caller_sends("INVITE", 2, b"rubbish")
+    assert rig.statuses() == [(400, "INVITE")]
+    assert rig.call.state is CallState.ESTABLISHED
+
+
+def test_answer_of_a_change_that_cannot_be_read_is_a_refusal_to_its_author() -> None:
+    rig = Rig().answered().caller_sends("INVITE", 2, sdp(version=2))
+    rig.callee_answers(200, b"rubbish", to=rig.one(SendRequest))
+    assert rig.statuses() == [(502, "INVITE")]
+
+
+@pytest.mark.rfc("3311", "5.2")
+def test_update_while_the_first_offer_is_open_is_put_off() -> None:
+    rig = Rig().opened()
+    rig.caller_sends("UPDATE", 2, sdp(version=2))
+    assert rig.statuses() == [(500, "UPDATE")]
+
+
+def test_data_plane_that_refuses_a_running_call_ends_it() -> None:
+    rig = Rig().answered()
+    failed = MediaFailed("call-1", rig.call.media.generation, MediaFailure.REFUSED, "why")
+    rig.did(rig.call.receive_media(failed, 120.0))
+    assert rig.methods() == ["BYE", "BYE"]
+    assert rig.closed().ending()[1] == "media-lost"
+
+
+def test_data_plane_that_is_away_for_a_moment_does_not_end_a_running_call() -> None:
+    rig = Rig().answered()
+    failed = MediaFailed("call-1", rig.call.media.generation, MediaFailure.UNAVAILABLE, "why")
+    assert rig.did(rig.call.receive_media(failed, 120.0)) == []
+    assert rig.call.state is CallState.ESTABLISHED
+
+
+def test_callee_that_no_longer_knows_the_dialog_ends_the_call() -> None:
+    rig = Rig().answered().caller_sends("INVITE", 2, sdp(version=2))
+    rig.callee_answers(481, to=rig.one(SendRequest))
+    assert rig.methods() == ["BYE"]
+    assert rig.closed().ending() == ("answered", "dialog-lost", 200)
+
+
+def test_ack_that_answers_the_callees_offer_with_rubbish_ends_the_call() -> None:
+    rig = Rig(offer=b"").opened().callee_answers(200, CALLEE_SDP).updated()
+    rig.caller_sends("ACK", 1, b"rubbish")
+    assert rig.methods() == ["BYE", "BYE"]
+    assert rig.closed().ending()[1] == "bad-answer"
