@@ -39,7 +39,7 @@ from control.sip.transaction import Timers
 from control.store.database import StoreError
 from control.store.records import RecordStore
 from control.transport.udp import UdpTransport
-from sippbx.runtime.lifecycle import Stop, sample_loop_lag
+from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
 from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp
 
@@ -191,6 +191,7 @@ class ControlPlane:
             ready=lambda: not self.unready(),
             draining=lambda: self._admission.draining,
         )
+        self.metrics.watch_tasks(count_tasks)
         probes = ProbeServer(
             settings.metrics.bind, settings.metrics.port, registry=self.metrics.registry, unready=self.unready
         )

@@ -682,6 +682,7 @@ def _leg_records(request: Request) -> Callable[[Call], tuple[LegRecord, ...]]:
                 remote=str(callee.flow.remote),
                 trunk=parties.callee_trunk,
                 user=parties.callee_user,
+                user_agent=callee.peer_product,
             ),
         )
 

@@ -81,6 +81,7 @@ class ControlMetrics:
             "cdr_failures", "Call detail records that a backend could not take.", "backend"
         )
         self._loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop ran a timer.", _LAG_BUCKETS)
+        self._tasks = self._gauge("event_loop_tasks", "Tasks of the event loop now.")
         self._gauge("start_time_seconds", "When this process started, Unix time.").set(time.time())
         self._gauge("build_info", "What runs here.", "version", "python").labels(
             _product_version(), platform.python_version()
@@ -185,6 +186,10 @@ class ControlMetrics:
     def event_loop_lag(self, seconds: float) -> None:
         """Observe how late a timer ran."""
         self._loop_lag.observe(seconds)
+
+    def watch_tasks(self, count: Callable[[], int]) -> None:
+        """Ask for the number of tasks at each scrape: one that nobody ends is a leak that memory shows late."""
+        self._tasks.set_function(count)
 
     def _observe_record(self, record: CallRecord) -> None:
         direction = record.direction.value

@@ -27,7 +27,7 @@ from dataplane.service.servicer import SERVICE_NAME, MediaServicer
 from dataplane.session.relay import DropReason, StreamSnapshot
 from dataplane.session.spec import Leg
 from dataplane.settings import Settings
-from sippbx.runtime.lifecycle import Stop, sample_loop_lag
+from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
 
 EXIT_CLEAN = 0
@@ -117,6 +117,7 @@ class DataPlane:
                 packets=self._packets,
             )
         )
+        self.metrics.watch_tasks(count_tasks)
         probes = ProbeServer(
             settings.metrics.bind, settings.metrics.port, registry=self.metrics.registry, unready=self.unready
         )

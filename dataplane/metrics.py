@@ -34,6 +34,7 @@ class DataplaneMetrics:
             buckets=LAG_BUCKETS,
             registry=self.registry,
         )
+        self._tasks = Gauge(f"{PREFIX}media_event_loop_tasks", "Tasks of the event loop now.", registry=self.registry)
         Gauge(f"{PREFIX}media_start_time_seconds", "When this process started, Unix time.", registry=self.registry).set(
             time.time()
         )
@@ -51,6 +52,10 @@ class DataplaneMetrics:
     def loop_lag(self, seconds: float) -> None:
         """Observe how late a timer ran."""
         self._lag.observe(seconds)
+
+    def watch_tasks(self, count: Callable[[], int]) -> None:
+        """Ask for the number of tasks at each scrape: one that nobody ends is a leak that memory shows late."""
+        self._tasks.set_function(count)
 
     def register(self, tables: "Tables") -> None:
         """Read these tables at each scrape."""

@@ -265,6 +265,7 @@ class InviteSession:
         self.local_tag = local_tag
         self.flow = flow
         self.dialog: Dialog | None = None
+        self.peer_product: str | None = None
         self._symmetric = symmetric
         self._party = party
         self._timers = timers
@@ -328,6 +329,7 @@ class InviteSession:
             new_token=new_token,
             random=random,
         )
+        session.peer_product = request.user_agent
         session.dialog = Dialog.of_server(request, session.local_tag, local_cseq=0)
         session._invite = (event.transaction, request)
         session._initial = request
@@ -675,6 +677,7 @@ class InviteSession:
         return []
 
     def _receive_initial(self, response: Response) -> list[Output]:
+        self.peer_product = response.headers.get("Server") or response.user_agent or self.peer_product
         if response.status < 200:
             return self._receive_provisional(response)
         if response.status < 300:

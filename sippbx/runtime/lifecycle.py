@@ -45,3 +45,8 @@ async def sample_loop_lag(observe: Callable[[float], None], interval_s: float = 
         due = loop.time() + interval_s
         await asyncio.sleep(interval_s)
         observe(max(0.0, loop.time() - due))
+
+
+def count_tasks() -> int:
+    """How many tasks the running event loop has; to be called from within it."""
+    return len(asyncio.all_tasks())

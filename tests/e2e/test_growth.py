@@ -34,6 +34,8 @@ RTP_SLOTS = 300
 TALK_S = 0.2
 CALLS_PER_S = 50.0
 QUIET_S = 40.0
+SCRAPE_TASKS = 2
+"""The scrape that counts the tasks, and its connection, are among them."""
 POOL_THREADS = 6
 """The pools of asyncio and gRPC start their threads as they need them, up to a bound."""
 
@@ -50,6 +52,7 @@ class Held:
     """What a quiet pair holds, by plane."""
 
     usage: dict[str, Usage]
+    tasks: dict[str, float]
 
     @property
     def descriptors(self) -> dict[str, int]:
@@ -107,7 +110,11 @@ class Load:
     async def held_when_quiet(self) -> Held:
         """What the pair holds when every timer of the calls has run out and every port has rested."""
         await asyncio.to_thread(self._pair.wait, self._is_quiet, QUIET_S, "all tables are empty")
-        return Held({plane: usage(self._pair.pids(plane)) for plane in ("control", "dataplane")})
+        tasks = {
+            "control": self._pair.metric("control", "sip_pbx_event_loop_tasks"),
+            "dataplane": self._pair.metric("dataplane", "sip_pbx_media_event_loop_tasks"),
+        }
+        return Held({plane: usage(self._pair.pids(plane)) for plane in tasks}, tasks)
 
     def _is_quiet(self) -> bool:
         control = ("sip_pbx_active_calls", "sip_pbx_sip_transactions")
@@ -155,14 +162,18 @@ async def nothing_grows(folder: Path, *, warm_up: int, calls: int, allowed_kib: 
         assert lost == 0
         assert len(pair.cdrs()) == placed
     growth = after.growth_kib(before)
-    print(f"{calls} calls: memory {growth} KiB, descriptors {before.descriptors} -> {after.descriptors}")
+    print(
+        f"{calls} calls: memory {growth} KiB, descriptors {before.descriptors} -> {after.descriptors},"
+        f" tasks {before.tasks} -> {after.tasks}"
+    )
     assert after.descriptors == before.descriptors
+    assert all(after.tasks[plane] <= before.tasks[plane] + SCRAPE_TASKS for plane in after.tasks), (before, after)
     assert all(after.threads[plane] <= before.threads[plane] + POOL_THREADS for plane in after.threads)
     assert all(growth[plane] < allowed for plane, allowed in allowed_kib.items()), growth
 
 
 @pytest.mark.timeout(240)
-async def test_two_thousand_calls_leave_no_port_descriptor_thread_timer_or_memory_behind(tmp_path: Path) -> None:
+async def test_two_thousand_calls_leave_no_port_descriptor_task_thread_timer_or_memory_behind(tmp_path: Path) -> None:
     # The data plane's log of events, which has an end, is not full yet after so few calls; nonces are remembered for
     # five minutes. A leak of one kibibyte a call, which is less than a task or a timer takes, would exceed both bounds.
     await nothing_grows(tmp_path / "pair", warm_up=400, calls=2000, allowed_kib={"control": 3000, "dataplane": 6500})

@@ -326,6 +326,11 @@ class TestMidDialog:
 
 
 class TestCalleesLeg:
+    def test_product_of_the_callee_is_known_from_its_answers(self) -> None:
+        session, invite = callee_session()
+        session.receive(answer(invite, 180, headers=(CONTACT, ("Server", "Phone/1"))), 0.1)
+        assert session.peer_product == "Phone/1"
+
     def test_early_media_is_passed_up(self) -> None:
         session, invite = callee_session()
         assert only(session.receive(answer(invite, 183, body=sdp()), 0.1), Progressed).sdp == sdp()
