@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from control.app import EXIT_ADDRESS, EXIT_CONFIGURATION, run
-from control.settings import Settings, load
+from control.settings.settings import Settings, load
 from sippbx.runtime.logging import configure_logging
 from sippbx.runtime.settings_reader import SettingsError
 from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp, exec_supervised, receive

@@ -31,7 +31,8 @@ from control.pbx.records import CallEvent, CallRecord
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
-from control.settings import ListenerSettings, Settings
+from control.settings.sections import ListenerSettings
+from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
 from control.sip.stack import SipStack
@@ -199,7 +200,7 @@ class ControlPlane:
         running.push_async_callback(probes.stop)
         lag = asyncio.create_task(sample_loop_lag(self.metrics.event_loop_lag), name="loop-lag")
         running.callback(lag.cancel)
-        await self._keep_records(running, settings.cdr.sqlite_path, settings.cdr.jsonl_path)
+        await self._keep_records(running, settings.store.path, settings.cdr.jsonl_path)
         self._media.start(self._b2bua.media_input)
         running.push_async_callback(self._media.stop)
         for transport in self._transports.values():

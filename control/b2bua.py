@@ -20,7 +20,7 @@ import structlog
 
 from control.metrics import ControlMetrics
 from control.pbx.admission import Admission
-from control.pbx.call import Call, CallLimits, CallState, CloseMedia, Effect, OpenMedia, Parties, Publish, UpdateMedia
+from control.pbx.call import Call, CallLimits, CloseMedia, Effect, OpenMedia, Parties, Publish, UpdateMedia
 from control.pbx.call_media import CallMedia, MediaAddress, sdp_number
 from control.pbx.media import MediaFailure, MediaInput, MediaSpec
 from control.pbx.records import (
@@ -29,6 +29,7 @@ from control.pbx.records import (
     CallEventKind,
     CallId,
     CallRecord,
+    CallState,
     LegName,
     LegRecord,
     Reason,
@@ -38,7 +39,7 @@ from control.pbx.records import (
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Caller, Refusal, Route, Router, Target
 from control.pbx.trunks import Trunks
-from control.settings import Settings
+from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DenialReason, Denied, DigestAuthenticator, Password, Verified
 from control.sip.errors import RemoteProtocolError

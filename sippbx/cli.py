@@ -123,7 +123,7 @@ and dial 1002 from 1001, or the other way round. `make demo` does it without pho
     media          UDP {pair.address} ports {first}-{last}
     metrics        {pair.control_url}/metrics (signalling)
                    {pair.dataplane_url}/metrics (media)
-    call records   {pair.folder}/cdr.jsonl, and the same in cdr.sqlite
+    call records   {pair.folder}/cdr.jsonl, and the same in sippbx.sqlite
     logs           {pair.folder}/control.log
                    {pair.folder}/dataplane.log
 

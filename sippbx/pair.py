@@ -95,7 +95,8 @@ class PairDescription:
             "sip": {"listeners": [{"name": "udp", "bind": self.address, "port": self.sip_port}]},
             "users": [{"name": user, "password": password} for user, password in self.passwords.items()],
             "media": {"target": f"unix://{self.folder}/media.sock", "addresses": [{"bind": self.address}]},
-            "cdr": {"sqlite_path": str(self.folder / "cdr.sqlite"), "jsonl_path": str(self.folder / "cdr.jsonl")},
+            "store": {"path": str(self.folder / "sippbx.sqlite")},
+            "cdr": {"jsonl_path": str(self.folder / "cdr.jsonl")},
             "metrics": {"bind": self.address, "port": self.metrics_port},
         }
 

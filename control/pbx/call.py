@@ -9,7 +9,6 @@ Left out: several targets at once, redirects, transfer.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
 from typing import Final, assert_never
 
 from control.pbx.call_media import CallMedia
@@ -29,6 +28,7 @@ from control.pbx.records import (
     CallEventKind,
     CallId,
     CallRecord,
+    CallState,
     LegName,
     LegRecord,
     Reason,
@@ -58,18 +58,6 @@ from control.sip.session import (
 from control.sip.session import Output as SessionOutput
 
 RELEASE_TIMEOUT_S: Final = 10.0
-
-
-class CallState(StrEnum):
-    """Where a call stands."""
-
-    RESERVING = "reserving"
-    INVITING = "inviting"
-    RINGING = "ringing"
-    ANSWERING = "answering"
-    ESTABLISHED = "established"
-    RELEASING = "releasing"
-    ENDED = "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +339,7 @@ class Call:
         if self.state is CallState.INVITING and event.status != 100:
             self.state = CallState.RINGING
             self.times.ringing = now
-            self._publish(CallEventKind.RINGING, now)
+            self._publish(CallEventKind.RINGING, now, leg=LegName.CALLEE)
         told = self.media.describe(LegName.CALLER, sdp) if sdp is not None else b""
         self._perform(LegName.CALLER, self.legs[LegName.CALLER].progress(event.status, event.reason, told, now), now)
 
@@ -540,7 +528,7 @@ class Call:
             return
         self.state = CallState.ENDED
         self._deadline = None
-        self._publish(CallEventKind.ENDED, now, self._record(self.termination, streams, now))
+        self._publish(CallEventKind.ENDED, now, record=self._record(self.termination, streams, now))
 
     def _record(self, termination: Termination, streams: tuple[StreamRecord, ...] | None, now: float) -> CallRecord:
         times = self.times
@@ -564,11 +552,14 @@ class Call:
 
     # ---- building blocks -------------------------------------------------------------------------------------------
 
-    def _publish(self, kind: CallEventKind, now: float, record: CallRecord | None = None) -> None:
+    def _publish(
+        self, kind: CallEventKind, now: float, *, leg: LegName | None = None, record: CallRecord | None = None
+    ) -> None:
         parties, times = self.parties, self.times
         elapsed = now - times.invited
         at = times.utc + timedelta(seconds=elapsed)
-        event = CallEvent(kind, self.call_id, at, parties.direction, parties.caller, parties.callee, elapsed, record)
+        who = (parties.direction, parties.caller, parties.callee)
+        event = CallEvent(kind, self.call_id, at, *who, elapsed, leg, record)
         self._effects.append(Publish(event))
 
     @staticmethod

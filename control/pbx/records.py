@@ -32,6 +32,19 @@ class CallDirection(StrEnum):
     OUTBOUND = "outbound"
 
 
+class CallState(StrEnum):
+    """Where a call stands."""
+
+    RESERVING = "reserving"
+    CALLING = "calling"
+    INVITING = "inviting"
+    RINGING = "ringing"
+    ANSWERING = "answering"
+    ESTABLISHED = "established"
+    RELEASING = "releasing"
+    ENDED = "ended"
+
+
 class Result(StrEnum):
     """The outcome of a call in one word."""
 
@@ -73,6 +86,12 @@ class Reason(StrEnum):
     MAX_DURATION = "max-duration"
     BAD_REQUEST = "bad-request"
     INTERNAL_ERROR = "internal-error"
+    API_HANGUP = "api-hangup"
+    CALLER_BUSY = "caller-busy"
+    CALLER_DECLINED = "caller-declined"
+    CALLER_UNAVAILABLE = "caller-unavailable"
+    CALLER_REJECTED = "caller-rejected"
+    CALLER_UNREACHABLE = "caller-unreachable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +172,41 @@ class CallRecord:
     media_complete: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class CallView:
+    """A call as others see it while it runs, and with its `record` once it has ended."""
+
+    call_id: CallId
+    state: CallState
+    direction: CallDirection
+    caller: str
+    callee: str
+    invited_at: datetime
+    ringing_at: datetime | None = None
+    answered_at: datetime | None = None
+    record: CallRecord | None = None
+
+    @classmethod
+    def of_record(cls, record: CallRecord) -> "CallView":
+        """A call that has ended."""
+        return cls(
+            record.call_id,
+            CallState.ENDED,
+            record.direction,
+            record.caller,
+            record.callee,
+            record.invited_at,
+            record.ringing_at,
+            record.answered_at,
+            record,
+        )
+
+
 class CallEventKind(StrEnum):
-    """What can happen to a call, as its observers hear it, in this order; `ENDED` comes exactly once."""
+    """What can happen to a call, as its observers hear it, in this order; `ENDED` comes exactly once.
+
+    `FORWARDED` is for this process alone: the INVITE went on to the callee.
+    """
 
     STARTED = "call.started"
     FORWARDED = "call.forwarded"
@@ -165,7 +217,11 @@ class CallEventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CallEvent:
-    """Something happened to a call. `elapsed_s` counts from the INVITE; `record` is there with `ENDED` alone."""
+    """Something happened to a call.
+
+    `elapsed_s` counts from the INVITE; `leg` is the side that rings, with `RINGING` alone; `record` is there with
+    `ENDED` alone.
+    """
 
     kind: CallEventKind
     call_id: CallId
@@ -174,4 +230,62 @@ class CallEvent:
     caller: str
     callee: str
     elapsed_s: float
+    leg: LegName | None = None
     record: CallRecord | None = None
+
+
+class RegistrationEventKind(StrEnum):
+    """What can happen to a binding; a refresh is nothing."""
+
+    REGISTERED = "user.registered"
+    UNREGISTERED = "user.unregistered"
+
+
+class UnregisterCause(StrEnum):
+    """Why a binding went."""
+
+    REMOVED = "removed"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationEvent:
+    """A phone came, with `expires_at`, or went, with `cause`. `source` is where its REGISTER came from, "host:port"."""
+
+    kind: RegistrationEventKind
+    at: datetime
+    user: str
+    contact: str
+    source: str
+    user_agent: str | None = None
+    expires_at: datetime | None = None
+    cause: UnregisterCause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorEvent:
+    """Something of the PBX failed that its operator should know of.
+
+    `component` and `kind` are literals of the code, the labels of sip_pbx_errors_total; `detail` is for people.
+    """
+
+    at: datetime
+    component: str
+    kind: str
+    detail: str
+    call_id: CallId | None = None
+
+
+Event = CallEvent | RegistrationEvent | ErrorEvent
+
+NODE_ERROR = "node.error"
+EVENT_TYPES = (
+    CallEventKind.STARTED.value,
+    CallEventKind.RINGING.value,
+    CallEventKind.ANSWERED.value,
+    CallEventKind.ENDED.value,
+    RegistrationEventKind.REGISTERED.value,
+    RegistrationEventKind.UNREGISTERED.value,
+    NODE_ERROR,
+)
+"""What others may hear of, by name."""

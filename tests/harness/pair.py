@@ -69,7 +69,7 @@ class Pair:
         self.metrics_ports = {"control": 25000 + 2 * number, "dataplane": 25001 + 2 * number}
         self.rtp_range = (12000 + 120 * number, 12000 + 120 * number + 119)
         self.cdr_path = folder / "cdr.jsonl"
-        self.cdr_sqlite_path = folder / "cdr.sqlite"
+        self.store_path = folder / "sippbx.sqlite"
         self.settings = {
             "control": _merged(self._control_settings(), control or {}),
             "dataplane": _merged(self._dataplane_settings(), dataplane or {}),
@@ -246,7 +246,8 @@ class Pair:
                 "lost_timeout_s": 1,
                 "command_timeout_s": 1,
             },
-            "cdr": {"sqlite_path": str(self.cdr_sqlite_path), "jsonl_path": str(self.cdr_path)},
+            "store": {"path": str(self.store_path)},
+            "cdr": {"jsonl_path": str(self.cdr_path)},
             "metrics": {"bind": HOST, "port": self.metrics_ports["control"]},
         }
 

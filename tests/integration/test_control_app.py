@@ -14,7 +14,7 @@ import yaml
 from structlog.testing import capture_logs
 
 from control import __main__, app
-from control.settings import Settings
+from control.settings.settings import Settings
 from sippbx.runtime.lifecycle import Stop
 from sippbx.runtime.sockets import SocketError
 from tests.harness.media_server import ScriptedMediaServer
@@ -33,7 +33,8 @@ def settings(folder: Path, **changes: Any) -> Settings:
             "sip": {"listeners": [{"name": "udp", "bind": HOST, "port": SIP_PORT}]},
             "users": [{"name": "1001", "password": "secret"}],
             "media": {"target": f"unix://{folder}/media.sock", "addresses": [{"bind": HOST}]},
-            "cdr": {"sqlite_path": str(folder / "cdr.sqlite"), "jsonl_path": str(folder / "cdr.jsonl")},
+            "store": {"path": str(folder / "sippbx.sqlite")},
+            "cdr": {"jsonl_path": str(folder / "cdr.jsonl")},
             "metrics": {"bind": HOST, "port": METRICS_PORT},
             **changes,
         }
@@ -146,8 +147,8 @@ async def test_a_port_that_is_taken_is_an_exit_code_of_its_own(
 
 async def test_a_store_that_cannot_be_opened_is_an_exit_code_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    cdr = {"sqlite_path": str(tmp_path / "file" / "cdr.sqlite"), "jsonl_path": None}
-    assert await app.run(settings(tmp_path, cdr=cdr), {}) == app.EXIT_STORE
+    store = {"path": str(tmp_path / "file" / "sippbx.sqlite")}
+    assert await app.run(settings(tmp_path, store=store), {}) == app.EXIT_STORE
 
 
 async def test_sockets_that_were_handed_over_are_used(tmp_path: Path) -> None:

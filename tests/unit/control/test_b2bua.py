@@ -14,7 +14,7 @@ from control.pbx.records import CallEvent, CallEventKind, CallRecord, LegName
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
-from control.settings import Settings
+from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
 from control.sip.message import Request, Response, parse_message

@@ -10,7 +10,6 @@ import pytest
 from control.pbx.call import (
     Call,
     CallLimits,
-    CallState,
     CloseMedia,
     Effect,
     OpenMedia,
@@ -30,7 +29,7 @@ from control.pbx.media import (
     MediaOpened,
     MediaUpdated,
 )
-from control.pbx.records import CallDirection, CallEventKind, CallId, CallRecord, LegName
+from control.pbx.records import CallDirection, CallEventKind, CallId, CallRecord, CallState, LegName
 from control.sip.address import Address
 from control.sip.headers import NameAddr
 from control.sip.sdp import Direction, SessionDescription

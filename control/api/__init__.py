@@ -1,0 +1,1 @@
+"""How other programs drive this node: gRPC and HTTP, two faces of one service."""

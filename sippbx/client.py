@@ -1,0 +1,1 @@
+"""A typed asyncio client of the control API (sippbx.control.v1)."""

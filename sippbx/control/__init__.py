@@ -1,0 +1,1 @@
+"""The contract by which orchestrators drive the control plane."""

@@ -1,0 +1,1 @@
+"""Generated from proto/sippbx/control/v1 by `make proto`; never edited."""
