@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from control.pbx.records import CallDirection, CallEvent, CallEventKind, CallRecord, Reason, Result
+from control.pbx.records import EVENT_TYPES, CallDirection, CallEvent, CallEventKind, CallRecord, Reason, Result
 from control.sip.address import Transport
 from control.sip.stack import METHODS, OTHER_METHOD, DiscardReason, MessageLabel
 
@@ -35,6 +35,9 @@ _DELAY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
 _RING_BUCKETS = (1, 3, 5, 10, 20, 30, 60, 120, 180)
 _DURATION_BUCKETS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+_COMMIT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
+_REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
+_DELIVERY_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30, 60)
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 
@@ -80,6 +83,24 @@ class ControlMetrics:
         self._cdr_failures = self._counter(
             "cdr_failures", "Call detail records that a backend could not take.", "backend"
         )
+        self._commit = self._histogram("store_commit_seconds", "One commit of the store.", _COMMIT_BUCKETS)
+        self._store_pending = self._gauge("store_pending", "Writes that wait for a commit.")
+        self._events = self._counter("events", "Events stored.", "type")
+        self._deliveries = self._counter(
+            "webhook_deliveries", "Attempts to deliver an event, by what became of them.", "endpoint", "result"
+        )
+        self._delivery_time = self._histogram(
+            "webhook_delivery_seconds", "One attempt to deliver an event.", _DELIVERY_BUCKETS, "endpoint"
+        )
+        self._outbox_pending = self._gauge("outbox_pending", "Events that wait for delivery.", "endpoint")
+        self._outbox_oldest = self._gauge("outbox_oldest_seconds", "How old the oldest of them is.", "endpoint")
+        self._http = self._histogram(
+            "http_request_seconds", "Requests of the HTTP API.", _REQUEST_BUCKETS, "route", "method", "code"
+        )
+        self._grpc = self._histogram(
+            "grpc_request_seconds", "Requests of the gRPC API.", _REQUEST_BUCKETS, "method", "code"
+        )
+        self._watchers = self._gauge("watch_clients", "Event streams of the gRPC API.")
         self._loop_lag = self._histogram("event_loop_lag_seconds", "How late the event loop ran a timer.", _LAG_BUCKETS)
         self._tasks = self._gauge("event_loop_tasks", "Tasks of the event loop now.")
         self._gauge("start_time_seconds", "When this process started, Unix time.").set(time.time())
@@ -183,6 +204,43 @@ class ControlMetrics:
         """Count records that a backend will never have."""
         self._cdr_failures.labels(backend).inc(records)
 
+    def committed(self, seconds: float) -> None:
+        """Observe one commit of the store."""
+        self._commit.observe(seconds)
+
+    def watch_store(self, pending: Callable[[], int]) -> None:
+        """Ask at each scrape how many writes wait."""
+        self._store_pending.set_function(pending)
+
+    def event_stored(self, event_type: str) -> None:
+        """Count an event that is on the disk."""
+        self._events.labels(event_type).inc()
+
+    def webhook_delivery(self, endpoint: str, result: str, seconds: float) -> None:
+        """Count an attempt: `ok`, `retry` (will be tried again) or `dead` (given up)."""
+        self._deliveries.labels(endpoint, result).inc()
+        self._delivery_time.labels(endpoint).observe(seconds)
+
+    def watch_outbox(self, endpoint: str, pending: Callable[[], int], oldest_s: Callable[[], float]) -> None:
+        """Ask at each scrape how many events wait for an endpoint, and how old the oldest is; makes its series."""
+        for result in ("ok", "retry", "dead"):
+            self._deliveries.labels(endpoint, result)
+        self._delivery_time.labels(endpoint)
+        self._outbox_pending.labels(endpoint).set_function(pending)
+        self._outbox_oldest.labels(endpoint).set_function(oldest_s)
+
+    def http_request(self, route: str, method: str, code: int, seconds: float) -> None:
+        """Observe a request; `route` is the pattern, not the path."""
+        self._http.labels(route, method, str(code)).observe(seconds)
+
+    def grpc_request(self, method: str, code: str, seconds: float) -> None:
+        """Observe a request; `method` is one of the contract's, or "other"."""
+        self._grpc.labels(method, code).observe(seconds)
+
+    def watch_watchers(self, count: Callable[[], int]) -> None:
+        """Ask at each scrape how many event streams there are."""
+        self._watchers.set_function(count)
+
     def event_loop_lag(self, seconds: float) -> None:
         """Observe how late a timer ran."""
         self._loop_lag.observe(seconds)
@@ -233,7 +291,9 @@ class ControlMetrics:
             self._media_restores.labels(outcome)
         for action in ("create", "update", "delete"):
             self._media_rpc.labels(action, "ok")
-        for component in ("sip", "media", "store", "events"):
+        for event_type in EVENT_TYPES:
+            self._events.labels(event_type)
+        for component in ("sip", "media", "store", "events", "webhook", "api"):
             self._errors.labels(component, "internal")
 
 

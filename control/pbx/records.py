@@ -202,6 +202,17 @@ class CallView:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RegistrationView:
+    """One phone of a user, as others see it. `source` is where its REGISTER came from, "host:port"."""
+
+    user: str
+    contact: str
+    source: str
+    user_agent: str | None
+    expires_at: datetime
+
+
 class CallEventKind(StrEnum):
     """What can happen to a call, as its observers hear it, in this order; `ENDED` comes exactly once.
 
@@ -250,15 +261,11 @@ class UnregisterCause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RegistrationEvent:
-    """A phone came, with `expires_at`, or went, with `cause`. `source` is where its REGISTER came from, "host:port"."""
+    """A phone came, or went with `cause`; `expires_at` is when its binding ends, or would have ended."""
 
     kind: RegistrationEventKind
     at: datetime
-    user: str
-    contact: str
-    source: str
-    user_agent: str | None = None
-    expires_at: datetime | None = None
+    registration: RegistrationView
     cause: UnregisterCause | None = None
 
 

@@ -92,7 +92,7 @@ def test_the_example_comments_on_every_key() -> None:
         match = re.match(r"\s*(?:- )?([a-z0-9_]+):", line)
         if match and before.strip().startswith("#"):
             explained.add(match[1])
-    sections = {"log", "sip", "registrar", "limits", "media", "ha1"}
+    sections = {"log", "sip", "registrar", "limits", "media", "ha1", "http", "grpc"}
     named = {key.rpartition(".")[2] for key in keys_of(Settings)}
     assert named - explained - sections - {"realm"} == set()
 
