@@ -28,15 +28,17 @@ class Admission:
         # host: (tokens, when they were counted), the most recently seen last
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def admit(self, source: Address, active_calls: int, now: float) -> Refusal | None:
+    def admit(self, source: Address | None, active_calls: int, now: float) -> Refusal | None:
         """None admits the call. A refusal carries status 503; `retry_after_s` goes with it as Retry-After.
+
+        `source` is None for a call that is not asked for over SIP, and is held to no rate here.
 
         A call within the rate that is refused for another reason counts against the rate all the same.
         """
-        within_rate = self._take_token(source.host, now)
+        within_rate = source is None or self._take_token(source.host, now)
         if self.draining:
             return self._refuse(Reason.DRAINING, "draining: no new calls")
-        if not within_rate:
+        if source is not None and not within_rate:
             return self._refuse(Reason.RATE_LIMIT, f"more than {self._rate:g} calls/s from {source.host}")
         if active_calls >= self._max_calls:
             return self._refuse(Reason.CALL_LIMIT, f"{active_calls} calls of at most {self._max_calls}")

@@ -3,14 +3,19 @@
 The machine takes what the stack and the data plane say about the call and gives what to send, what the data plane
 shall do, and what observers hear. It refuses, cancels and hangs up with one `Termination`, from which the CDR is made.
 
+An originated call has no INVITE from outside: the caller is called first, without an offer, and held with what it
+offers; then the callee is called with that offer, and the caller is told the answer in a re-INVITE. This is flow III of
+RFC 3725 section 4.3, save that the callee is asked what the caller can do instead of the other way round.
+
 Left out: several targets at once, redirects, transfer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final, assert_never
 
+from control.pbx import termination
 from control.pbx.call_media import CallMedia
 from control.pbx.media import (
     MediaClosed,
@@ -29,6 +34,7 @@ from control.pbx.records import (
     CallId,
     CallRecord,
     CallState,
+    CallView,
     LegName,
     LegRecord,
     Reason,
@@ -38,13 +44,12 @@ from control.pbx.records import (
 )
 from control.sip.errors import RemoteProtocolError
 from control.sip.headers import NameAddr
-from control.sip.sdp import SessionDescription
+from control.sip.sdp import Direction, SessionDescription
 from control.sip.session import (
     Accepted,
     Answered,
     Cancelled,
     Command,
-    EndCause,
     Ended,
     Established,
     InviteSession,
@@ -101,49 +106,35 @@ class CallLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Invitation:
+    """The INVITE to a leg that we call: its Request-URI, and its From and To without tags."""
+
+    request_uri: str
+    from_: NameAddr
+    to: NameAddr
+    max_forwards: int
+
+
+@dataclass(frozen=True, slots=True)
 class Parties:
-    """Who is on a call: for the record, and as the callee's leg shows them."""
+    """Who is on a call: for the record, and as the legs that we call show them."""
 
     direction: CallDirection
     caller: str
     callee: str
-    shown_caller: NameAddr
-    shown_callee: NameAddr
-    request_uri: str
-    max_forwards: int
+    invitations: Mapping[LegName, Invitation]
     caller_user: str | None = None
     caller_trunk: str | None = None
     callee_user: str | None = None
     callee_trunk: str | None = None
 
+    @property
+    def originated(self) -> bool:
+        """The caller is called, too: the call was asked for over an API."""
+        return LegName.CALLER in self.invitations
 
-# What a callee's final answer means. A status that is not here is passed on as it is, for CALLEE_REJECTED.
-CALLEE_ANSWERS: Final[dict[int, tuple[Result, Reason, int]]] = {
-    401: (Result.REJECTED, Reason.CALLEE_REJECTED, 403),  # a challenge to us: the caller has nothing to answer it with
-    407: (Result.REJECTED, Reason.CALLEE_REJECTED, 403),
-    408: (Result.NO_ANSWER, Reason.CALLEE_UNAVAILABLE, 408),
-    480: (Result.NO_ANSWER, Reason.CALLEE_UNAVAILABLE, 480),
-    486: (Result.BUSY, Reason.CALLEE_BUSY, 486),
-    600: (Result.BUSY, Reason.CALLEE_BUSY, 600),
-    503: (Result.FAILED, Reason.CALLEE_REJECTED, 500),  # would speak of us (RFC 3261 section 16.7 step 6)
-    603: (Result.REJECTED, Reason.CALLEE_DECLINED, 603),
-    607: (Result.REJECTED, Reason.CALLEE_DECLINED, 607),
-}
 
-MEDIA_FAILURES: Final[dict[MediaFailure, Reason]] = {
-    MediaFailure.PORTS_EXHAUSTED: Reason.PORTS_EXHAUSTED,
-    MediaFailure.UNAVAILABLE: Reason.MEDIA_UNAVAILABLE,
-    MediaFailure.REFUSED: Reason.MEDIA_UNAVAILABLE,
-}
-
-END_REASONS: Final[dict[EndCause, Reason]] = {
-    EndCause.BYE: Reason.HANGUP,
-    EndCause.ACK_TIMEOUT: Reason.ACK_TIMEOUT,
-    EndCause.PRACK_TIMEOUT: Reason.ACK_TIMEOUT,
-    EndCause.DIALOG_LOST: Reason.DIALOG_LOST,
-}
-
-_SETTING_UP: Final = frozenset({CallState.RESERVING, CallState.INVITING, CallState.RINGING})
+_SETTING_UP: Final = frozenset({CallState.RESERVING, CallState.CALLING, CallState.INVITING, CallState.RINGING})
 _OVER: Final = frozenset({CallState.RELEASING, CallState.ENDED})
 
 
@@ -193,6 +184,7 @@ class Call:
     _callee_sdp: SessionDescription | None = None
     _accepted_sdp: SessionDescription | None = None
     _late_offer: SessionDescription | None = None
+    _caller_rang: bool = False
     _effects: list[Effect] = field(default_factory=list)
 
     @classmethod
@@ -210,7 +202,7 @@ class Call:
         utc: datetime,
         now: float,
     ) -> "Call":
-        """A call that the caller's session asks for; `offer` is the body of its INVITE."""
+        """A call that the caller's session asks for, with the body of its INVITE as `offer`; or an originated one."""
         legs = {LegName.CALLER: caller, LegName.CALLEE: callee}
         return cls(call_id, parties, legs, leg_records, media, limits, offer, _Times(utc, now))
 
@@ -250,7 +242,9 @@ class Call:
                 self._media_opened(event, now)
             case MediaUpdated():
                 self.media.bound(event.ports)
-                if self._pending is not None and not self._pending.forwarded:
+                if self.state is CallState.CALLING:
+                    self._hold_caller(now)
+                elif self._pending is not None and not self._pending.forwarded:
                     self._forward_offer(self._pending, now)
                 elif event.generation == self.media.generation:
                     self._accept_caller(now)
@@ -264,10 +258,24 @@ class Call:
                 assert_never(event)
         return self._take()
 
-    def hang_up(self, termination: Termination, now: float) -> list[Effect]:
+    def hang_up(self, end: Termination, now: float) -> list[Effect]:
         """Ends the call, whatever it is doing."""
-        self._release(termination, now)
+        self._release(end, now)
         return self._take()
+
+    def view(self) -> CallView:
+        """The call as others see it."""
+        parties, times = self.parties, self.times
+        return CallView(
+            self.call_id,
+            self.state,
+            parties.direction,
+            parties.caller,
+            parties.callee,
+            times.utc,
+            times.at(times.ringing),
+            times.at(times.answered),
+        )
 
     def handle_timer(self, now: float) -> list[Effect]:
         """Does what is due for the legs and for the call itself."""
@@ -276,9 +284,10 @@ class Call:
         if self._deadline is not None and now >= self._deadline:
             self._deadline = None
             match self.state:
+                case CallState.CALLING:
+                    self._release(termination.of_ring_timeout(LegName.CALLER, self.limits.ring_timeout_s), now)
                 case CallState.INVITING | CallState.RINGING:
-                    detail = f"no answer within {self.limits.ring_timeout_s:g} s"
-                    self._release(Termination(Result.NO_ANSWER, Reason.RING_TIMEOUT, 480, detail=detail), now)
+                    self._release(termination.of_ring_timeout(LegName.CALLEE, self.limits.ring_timeout_s), now)
                 case CallState.ANSWERING | CallState.ESTABLISHED:
                     detail = f"lasted {self.limits.max_duration_s:g} s"
                     self._release(Termination(Result.ANSWERED, Reason.MAX_DURATION, 200, detail=detail), now)
@@ -304,16 +313,18 @@ class Call:
     def _perform(self, leg: LegName, outputs: list[SessionOutput], now: float) -> None:
         for output in outputs:
             match output:
+                case Progressed() if leg is LegName.CALLER:
+                    self._caller_progressed(output, now)
                 case Progressed():
                     self._progressed(output, now)
+                case Accepted() if leg is LegName.CALLER:
+                    self._caller_accepted(output, now)
                 case Accepted():
                     self._accepted(output, now)
                 case Rejected():
-                    self._rejected(output, now)
+                    self._rejected(leg, output, now)
                 case Cancelled():
-                    detail = "the caller gave up before the answer"
-                    termination = Termination(Result.CANCELLED, Reason.CALLER_CANCELLED, 487, leg, detail)
-                    self._release(termination, now)
+                    self._release(termination.of_cancellation(leg), now)
                 case Established():
                     if self.state is CallState.ANSWERING:
                         self.state = CallState.ESTABLISHED
@@ -327,6 +338,56 @@ class Call:
                     self._session_ended(leg, output, now)
                 case _:
                     self._effects.append(output)
+
+    def _caller_progressed(self, event: Progressed, now: float) -> None:
+        if self.state is CallState.CALLING and event.status != 100 and not self._caller_rang:
+            self._caller_rang = True
+            self._publish(CallEventKind.RINGING, now, leg=LegName.CALLER)
+
+    def _caller_accepted(self, event: Accepted, now: float) -> None:
+        """The caller of an originated call has picked up: its lines get ports before it is answered."""
+        if self.state is not CallState.CALLING:
+            return
+        sdp = self._parse(event.sdp)
+        if sdp is not None:
+            self.media.plan(sdp)
+        if sdp is None or not self.media.relays(sdp):
+            what = "the caller's offer has no SDP that can be read" if sdp is None else "no line of the caller's offer"
+            detail = what if sdp is None else f"{what} is audio or video over RTP"
+            reason = Reason.BAD_OFFER if sdp is None else Reason.NO_COMMON_MEDIA
+            self._release(Termination(Result.FAILED, reason, 488, LegName.CALLER, detail), now)
+            return
+        self.offer = event.sdp
+        self.media.learn(LegName.CALLER, sdp)
+        self._effects.append(UpdateMedia(self.media.spec()))
+
+    def _hold_caller(self, now: float) -> None:
+        """Answers the caller of an originated call, who waits on hold from here on, and calls the callee."""
+        offer = self.media.sides[LegName.CALLER].remote
+        if offer is None:
+            return
+        told = self.media.describe(LegName.CALLER, offer.with_direction(Direction.INACTIVE))
+        self._perform(LegName.CALLER, self.legs[LegName.CALLER].answer(told, now), now)
+        if self.state is CallState.CALLING:
+            self._invite_callee(now)
+
+    def _invite_callee(self, now: float) -> None:
+        self.state = CallState.INVITING
+        self._deadline = now + self.limits.ring_timeout_s
+        offer = self.media.sides[LegName.CALLER].remote
+        self._invite(LegName.CALLEE, self.media.describe(LegName.CALLEE, offer) if offer is not None else b"", now)
+        self._publish(CallEventKind.FORWARDED, now)
+
+    def _invite(self, leg: LegName, sdp: bytes, now: float) -> None:
+        invitation = self.parties.invitations[leg]
+        outputs = self.legs[leg].invite(
+            invitation.request_uri,
+            caller=invitation.from_,
+            callee=invitation.to,
+            sdp=sdp,
+            max_forwards=invitation.max_forwards,
+        )
+        self._perform(leg, outputs, now)
 
     def _progressed(self, event: Progressed, now: float) -> None:
         if self.state not in (CallState.INVITING, CallState.RINGING):
@@ -372,27 +433,23 @@ class Call:
         self.state = CallState.ANSWERING
         self.times.answered = now
         self._deadline = now + self.limits.max_duration_s
-        told = self.media.describe(LegName.CALLER, sdp)
-        self._perform(LegName.CALLER, self.legs[LegName.CALLER].accept(told, now), now)
+        caller, told = self.legs[LegName.CALLER], self.media.describe(LegName.CALLER, sdp)
+        outputs = caller.offer(told, "INVITE", now) if self.parties.originated else caller.accept(told, now)
+        self._perform(LegName.CALLER, outputs, now)
         self._publish(CallEventKind.ANSWERED, now)
 
-    def _rejected(self, event: Rejected, now: float) -> None:
-        if event.timed_out:
-            detail = "the callee's side did not answer"
-            termination = Termination(Result.FAILED, Reason.CALLEE_UNREACHABLE, 408, None, detail)
-        else:
-            detail = f"the callee's side answered {event.status} {event.reason}"
-            default = (Result.REJECTED, Reason.CALLEE_REJECTED, event.status if event.status >= 400 else 480)
-            result, reason, status = CALLEE_ANSWERS.get(event.status, default)
-            termination = Termination(result, reason, status, LegName.CALLEE, detail)
-        self._release(termination, now, phrase=event.reason if termination.sip_status == event.status else None)
+    def _rejected(self, leg: LegName, event: Rejected, now: float) -> None:
+        end = termination.of_rejection(leg, event)
+        self._release(end, now, phrase=event.reason if end.sip_status == event.status else None)
 
     def _offered(self, leg: LegName, event: Offered, now: float) -> None:
         """A leg wants to change the session: it is asked of the other leg, once its lines have ports."""
         session = self.legs[leg]
         if self.state in _SETTING_UP:
-            # The callee has not answered, so nobody can say what it would take (RFC 3311 section 5.2).
-            self._perform(leg, session.refuse(504, None, now), now)
+            # The callee has not answered, so nobody can say what it would take (RFC 3311 section 5.2); a caller on
+            # hold may try again.
+            held = self.parties.originated and leg is LegName.CALLER
+            self._perform(leg, session.refuse(491 if held else 504, None, now), now)
             return
         sdp = self._parse(event.sdp)
         if sdp is None:
@@ -420,7 +477,10 @@ class Call:
             self._late_answer(sdp, now)
             return
         if pending is None or pending.by is leg:
-            # The answer to a description of ours that only repeated what was agreed.
+            # The answer to a description of ours that only repeated what was agreed, or to the callee's answer in an
+            # originated call.
+            if self.state is CallState.ANSWERING and self.parties.originated:
+                self.state = CallState.ESTABLISHED
             if sdp is not None:
                 self.media.learn(leg, sdp)
                 self._effects.append(UpdateMedia(self.media.spec()))
@@ -450,19 +510,15 @@ class Call:
         pending, self._pending = self._pending, None
         if self._late_offer is not None and leg is LegName.CALLER:
             self._release(self._failure(Reason.BAD_ANSWER, event.reason), now)
+        elif pending is None and self.state is CallState.ANSWERING:
+            detail = f"the caller refused the callee's answer: {event.status} {event.reason}"
+            self._release(self._failure(Reason.BAD_ANSWER, detail), now)
         elif pending is not None and pending.by is not leg:
             status = event.status if event.status >= 400 else 488
             self._perform(pending.by, self.legs[pending.by].refuse(status, event.reason or None, now), now)
 
     def _session_ended(self, leg: LegName, event: Ended, now: float) -> None:
-        by = leg if event.cause is EndCause.BYE else None
-        if self.times.answered is not None:
-            termination = Termination(Result.ANSWERED, END_REASONS[event.cause], 200, by)
-        elif event.cause is EndCause.BYE:
-            termination = Termination(Result.CANCELLED, Reason.CALLER_CANCELLED, 487, by, "BYE before the answer")
-        else:
-            termination = Termination(Result.FAILED, END_REASONS[event.cause], 504, by)
-        self._release(termination, now)
+        self._release(termination.of_end(leg, event, answered=self.times.answered is not None), now)
 
     # ---- what the data plane says ----------------------------------------------------------------------------------
 
@@ -470,25 +526,19 @@ class Call:
         if self.state is not CallState.RESERVING:
             return
         self.media.bound(event.ports)
-        self.state = CallState.INVITING
-        self._deadline = now + self.limits.ring_timeout_s
-        offer = self.media.sides[LegName.CALLER].remote
-        told = self.media.describe(LegName.CALLEE, offer) if offer is not None else b""
-        parties = self.parties
-        outputs = self.legs[LegName.CALLEE].invite(
-            parties.request_uri,
-            caller=parties.shown_caller,
-            callee=parties.shown_callee,
-            sdp=told,
-            max_forwards=parties.max_forwards,
-        )
-        self._perform(LegName.CALLEE, outputs, now)
-        self._publish(CallEventKind.FORWARDED, now)
+        if self.parties.originated:
+            self.state = CallState.CALLING
+            self._deadline = now + self.limits.ring_timeout_s
+            self._invite(LegName.CALLER, b"", now)
+        else:
+            self._invite_callee(now)
 
     def _media_failed(self, event: MediaFailed, now: float) -> None:
         if self.state is CallState.RESERVING:
             self._media_open = False
-            self._release(self._failure(MEDIA_FAILURES[event.failure], event.detail), now)
+            self._release(self._failure(termination.MEDIA_FAILURES[event.failure], event.detail), now)
+        elif self.state is CallState.CALLING:
+            self._release(self._failure(termination.MEDIA_FAILURES[event.failure], event.detail), now)
         elif self._pending is not None and not self._pending.forwarded:
             pending, self._pending = self._pending, None
             self._perform(pending.by, self.legs[pending.by].refuse(488, None, now), now)
@@ -501,22 +551,20 @@ class Call:
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _failure(self, reason: Reason, detail: str) -> Termination:
-        if self.times.answered is not None:
-            return Termination(Result.ANSWERED, reason, 200, detail=detail)
-        return Termination(Result.FAILED, reason, 503, detail=detail)
+        return termination.of_failure(reason, detail, answered=self.times.answered is not None)
 
-    def _release(self, termination: Termination, now: float, phrase: str | None = None) -> None:
+    def _release(self, end: Termination, now: float, phrase: str | None = None) -> None:
         """Ends both legs in the way their states ask for, and the media; the record follows with its statistics."""
         if self.state in _OVER:
             return
         self.state = CallState.RELEASING
-        self.termination = termination
+        self.termination = end
         self._pending = None
-        headers = [("Reason", f'SIP;cause={termination.sip_status};text="{termination.reason.value}"')]
-        if termination.sip_status == 503:
+        headers = [("Reason", f'SIP;cause={end.sip_status};text="{end.reason.value}"')]
+        if end.sip_status == 503:
             headers.append(("Retry-After", str(self.limits.retry_after_s)))
         for leg, session in self.legs.items():
-            self._perform(leg, session.terminate(termination.sip_status, phrase, tuple(headers)), now)
+            self._perform(leg, session.terminate(end.sip_status, phrase, tuple(headers)), now)
         if self._media_open:
             self._deadline = now + RELEASE_TIMEOUT_S
             self._effects.append(CloseMedia(self.media.session_id))
@@ -530,7 +578,7 @@ class Call:
         self._deadline = None
         self._publish(CallEventKind.ENDED, now, record=self._record(self.termination, streams, now))
 
-    def _record(self, termination: Termination, streams: tuple[StreamRecord, ...] | None, now: float) -> CallRecord:
+    def _record(self, end: Termination, streams: tuple[StreamRecord, ...] | None, now: float) -> CallRecord:
         times = self.times
         until = now if times.answered is None else times.answered
         return CallRecord(
@@ -544,7 +592,7 @@ class Call:
             ended_at=times.utc + timedelta(seconds=now - times.invited),
             setup_s=until - times.invited,
             duration_s=0.0 if times.answered is None else now - times.answered,
-            termination=termination,
+            termination=end,
             legs=self.leg_records(self),
             streams=streams or (),
             media_complete=streams is not None,

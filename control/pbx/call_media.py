@@ -46,6 +46,7 @@ class CallMedia:
     latch_policy: LatchPolicy
     sides: dict[LegName, _Side]
     generation: int = 0
+    _reserved: bool = False
     _slots: dict[int, tuple[int, MediaKind]] = field(default_factory=dict)
     _ports: dict[tuple[LegName, int], LocalPorts] = field(default_factory=dict)
 
@@ -66,6 +67,10 @@ class CallMedia:
 
     def plan(self, sdp: SessionDescription) -> bool:
         """Gives each new line that can be relayed a slot; True when there is one that has no ports yet."""
+        if self._reserved:
+            # What was asked for before anybody had said what the lines are goes to the first that can be relayed.
+            self._slots.clear()
+            self._reserved = False
         for index, line in enumerate(sdp.media):
             kind = KINDS.get(line.kind)
             relayable = kind is not None and "RTP/" in line.protocol.upper()
@@ -90,6 +95,7 @@ class CallMedia:
     def reserve(self) -> None:
         """Asks for one audio line, for a caller that leaves the offer to the callee."""
         self._slots[0] = (0, MediaKind.AUDIO)
+        self._reserved = True
 
     def bound(self, ports: tuple[LocalPorts, ...]) -> None:
         """Takes the ports that the data plane gave."""

@@ -47,10 +47,11 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class RegistrarResult:
-    """What to answer, without To tag, and what changed: `added` are new and refreshed bindings, `removed` went."""
+    """What to answer, without To tag, and what changed: `added` are new bindings, `refreshed` stay, `removed` went."""
 
     response: Response
     added: tuple[Binding, ...] = ()
+    refreshed: tuple[Binding, ...] = ()
     removed: tuple[Binding, ...] = ()
 
 
@@ -116,6 +117,10 @@ class Registrar:
     def lookup(self, aor: str, now: float) -> list[Binding]:
         """The live bindings, best first: by q, then the one registered last."""
         return [binding for binding in self._bindings.get(aor, ()) if binding.expires_at > now]
+
+    def bindings(self, now: float) -> list[Binding]:
+        """All live bindings, by address-of-record."""
+        return [binding for aor in sorted(self._bindings) for binding in self.lookup(aor, now)]
 
     def expire(self, now: float) -> list[Binding]:
         """Removes and returns the bindings whose time is over."""
@@ -187,20 +192,24 @@ class Registrar:
         if len(bindings) > max(self._max_bindings, len(before)):
             return RegistrarResult(build_response(request, 403, "Too Many Bindings"))
         bindings.sort(key=lambda binding: -binding.q)
-        added = tuple(binding for binding in bindings if binding not in before)
+        written = tuple(binding for binding in bindings if binding not in before)
+        refreshed = tuple(
+            binding for binding in written if any(same_contact(binding.contact, old.contact) for old in before)
+        )
+        added = tuple(binding for binding in written if binding not in refreshed)
         removed = tuple(
             old
             for old in self._bindings.get(aor, ())
             if not any(same_contact(old.contact, binding.contact) for binding in bindings)
         )
         self._store(aor, bindings)
-        for binding in added:
+        for binding in written:
             heapq.heappush(self._deadlines, (binding.expires_at, aor))
         self._compact()
         response = build_response(request, 200)
         for binding in bindings:
             response.headers.add("Contact", str(_described(binding, now)))
-        return RegistrarResult(response, added, removed)
+        return RegistrarResult(response, added, refreshed, removed)
 
     def _store(self, aor: str, bindings: list[Binding]) -> None:
         self._count += len(bindings) - len(self._bindings.get(aor, ()))

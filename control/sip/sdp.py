@@ -271,6 +271,16 @@ class SessionDescription:
             return Direction.SENDONLY if direction.sends else Direction.INACTIVE
         return direction
 
+    def with_direction(self, direction: Direction) -> SessionDescription:
+        """The same description with this direction on each line, whatever it said before."""
+        stated = tuple(f"a={word}" for word in Direction)
+
+        def without(lines: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(line for line in lines if line not in stated)
+
+        media = tuple(replace(line, lines=(*without(line.lines), f"a={direction}")) for line in self.media)
+        return replace(self, lines=without(self.lines), media=media)
+
     def rtp_address_of(self, i: int) -> Address | None:
         """Where the author of line `i` wants RTP; None on port 0, in an old-style hold and for a host name."""
         return self._address(i, self.media[i].port, None)

@@ -7,11 +7,13 @@ from typing import TypeVar
 
 import pytest
 
+from control.pbx import termination
 from control.pbx.call import (
     Call,
     CallLimits,
     CloseMedia,
     Effect,
+    Invitation,
     OpenMedia,
     Parties,
     Publish,
@@ -54,6 +56,18 @@ PORTS = (
     LocalPorts(LegName.CALLER, 0, 10000, 10001),
     LocalPorts(LegName.CALLEE, 0, 10004, 10005),
 )
+TO_CALLEE = Invitation(
+    "sip:1002@192.0.2.20",
+    NameAddr.parse("<sip:1001@198.51.100.1>"),
+    NameAddr.parse("<sip:1002@192.0.2.20>"),
+    max_forwards=69,
+)
+TO_CALLER = Invitation(
+    "sip:1001@192.0.2.10",
+    NameAddr.parse("<sip:1002@198.51.100.1>"),
+    NameAddr.parse("<sip:1001@192.0.2.10>"),
+    max_forwards=70,
+)
 CONTACT = ("Contact", "<sip:1002@192.0.2.20:5060>")
 Kind = TypeVar("Kind")
 
@@ -61,26 +75,34 @@ Kind = TypeVar("Kind")
 class Rig:
     """A call with the peers' side of it played by hand; `effects` are those of the last step."""
 
-    def __init__(self, *, offer: bytes = sdp(), symmetric: bool = False) -> None:
+    def __init__(self, *, offer: bytes = sdp(), symmetric: bool = False, originated: bool = False) -> None:
         tokens = count(1)
         new_token: Callable[[], str] = lambda: f"t{next(tokens)}"  # noqa: E731
+
+        def called(host: str, other: str) -> InviteSession:
+            return InviteSession.of_callee(
+                flow=flow(host),
+                symmetric=symmetric,
+                party=LocalParty(NameAddr.parse(f"<sip:{other}@198.51.100.1>"), "sippbx"),
+                timers=Timers(),
+                new_token=new_token,
+                random=lambda: 0.5,
+            )
+
         event = RequestReceived(INVITE_ID, request_of(request_bytes(body=offer)), flow())
-        self.caller = InviteSession.of_caller(
-            event,
-            symmetric=symmetric,
-            party=LocalParty(NameAddr.parse("<sip:1002@198.51.100.1>"), "sippbx"),
-            timers=Timers(),
-            new_token=new_token,
-            random=lambda: 0.5,
+        self.caller = (
+            called("192.0.2.10", "1002")
+            if originated
+            else InviteSession.of_caller(
+                event,
+                symmetric=symmetric,
+                party=LocalParty(NameAddr.parse("<sip:1002@198.51.100.1>"), "sippbx"),
+                timers=Timers(),
+                new_token=new_token,
+                random=lambda: 0.5,
+            )
         )
-        callee = InviteSession.of_callee(
-            flow=flow("192.0.2.20"),
-            symmetric=symmetric,
-            party=LocalParty(NameAddr.parse("<sip:1001@198.51.100.1>"), "sippbx"),
-            timers=Timers(),
-            new_token=new_token,
-            random=lambda: 0.5,
-        )
+        callee = called("192.0.2.20", "1001")
         here = MediaAddress("0.0.0.0", "198.51.100.1")
         self.call = Call.between(
             CallId("call-1"),
@@ -88,10 +110,7 @@ class Rig:
                 CallDirection.INTERNAL,
                 "1001",
                 "1002",
-                NameAddr.parse("<sip:1001@198.51.100.1>"),
-                NameAddr.parse("<sip:1002@192.0.2.20>"),
-                "sip:1002@192.0.2.20",
-                69,
+                {LegName.CALLEE: TO_CALLEE, **({LegName.CALLER: TO_CALLER} if originated else {})},
             ),
             caller=self.caller,
             callee=callee,
@@ -105,13 +124,13 @@ class Rig:
                 session_ids={LegName.CALLER: "71", LegName.CALLEE: "72"},
             ),
             limits=LIMITS,
-            offer=offer,
+            offer=b"" if originated else offer,
             utc=STARTED_AT,
             now=100.0,
         )
         self.records: list[CallRecord] = []
         self.events: list[CallEventKind] = []
-        self.invite: SendRequest | None = None
+        self.invites: list[SendRequest] = []
         self.effects: list[Effect] = []
         self.now = 100.0
         self.did(self.call.start(self.now))
@@ -123,9 +142,24 @@ class Rig:
                 self.events.append(effect.event.kind)
                 if effect.event.record is not None:
                     self.records.append(effect.event.record)
-            elif isinstance(effect, SendRequest) and effect.request.method == "INVITE" and self.invite is None:
-                self.invite = effect
+            elif isinstance(effect, SendRequest) and effect.request.method == "INVITE":
+                self.invites.append(effect)
         return effects
+
+    @property
+    def invite(self) -> SendRequest | None:
+        """The first INVITE."""
+        return self.invites[0] if self.invites else None
+
+    def answers(self, leg: LegName, status: int, body: bytes = b"") -> "Rig":
+        """A leg answers the INVITE that was sent last."""
+        sent = self.invites[-1]
+        host = {LegName.CALLER: "192.0.2.10", LegName.CALLEE: "192.0.2.20"}[leg]
+        contact = ("Contact", f"<sip:x@{host}:5060>")
+        response = response_to(sent.request, status, headers=(contact,), body=body)
+        event = ResponseReceived(client_id(sent.branch, "INVITE"), response, flow(host))
+        self.did(self.call.receive(leg, event, self.now))
+        return self
 
     def each(self, kind: type[Kind]) -> list[Kind]:
         return [effect for effect in self.effects if isinstance(effect, kind)]
@@ -484,3 +518,140 @@ def test_ack_that_answers_the_callees_offer_with_rubbish_ends_the_call() -> None
     rig.caller_sends("ACK", 1, b"rubbish")
     assert rig.methods() == ["BYE", "BYE"]
     assert rig.closed().ending()[1] == "bad-answer"
+
+
+# Calls that a program asked for: the caller is called, too.
+
+
+def caller_picked_up() -> Rig:
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, 200, sdp("192.0.2.10", 40000)).updated()
+    assert rig.call.state is CallState.INVITING
+    return rig
+
+
+def test_originated_call_rings_the_caller_first_and_asks_it_for_an_offer() -> None:
+    rig = Rig(originated=True)
+    assert [type(effect) for effect in rig.effects] == [Publish, OpenMedia]
+    rig.opened()
+    (invite,) = rig.invites
+    assert (invite.request.uri, invite.request.body) == ("sip:1001@192.0.2.10", b"")
+    assert "1002@198.51.100.1" in str(invite.request.from_)
+    assert rig.call.state is CallState.CALLING
+
+
+def test_caller_that_picks_up_is_held_and_the_callee_gets_its_offer() -> None:
+    rig = caller_picked_up()
+    held = SessionDescription.parse(rig.one(SendAck).request.body)
+    assert held.direction_of(0) is Direction.INACTIVE
+    assert held.rtp_address_of(0) == Address("198.51.100.1", 10000)
+    assert b"192.0.2.10" not in rig.one(SendAck).request.body
+    invite = rig.one(SendRequest).request
+    assert invite.uri == "sip:1002@192.0.2.20"
+    offered = SessionDescription.parse(invite.body)
+    assert offered.rtp_address_of(0) == Address("198.51.100.1", 10004)
+    assert offered.direction_of(0) is Direction.SENDRECV
+
+
+def test_caller_is_told_the_callees_answer_in_a_reinvite_and_then_both_talk() -> None:
+    rig = caller_picked_up().answers(LegName.CALLEE, 180)
+    rig.answers(LegName.CALLEE, 200, CALLEE_SDP).updated()
+    assert rig.call.view().state is CallState.ANSWERING
+    reinvite = rig.one(SendRequest).request
+    told = SessionDescription.parse(reinvite.body)
+    assert told.direction_of(0) is Direction.SENDRECV
+    assert told.rtp_address_of(0) == Address("198.51.100.1", 10000)
+    rig.answers(LegName.CALLER, 200, sdp("192.0.2.10", 40000, version=2))
+    assert rig.call.view().state is CallState.ESTABLISHED
+    remotes = {endpoint.leg: endpoint.remote_rtp for endpoint in rig.one(UpdateMedia).spec.endpoints}
+    assert remotes == {LegName.CALLER: Address("192.0.2.10", 40000), LegName.CALLEE: Address("192.0.2.20", 50000)}
+    rig.call.hang_up(termination.of_hangup("for a test", answered=True), rig.now)
+    rig.closed()
+    assert rig.events == ["call.started", "call.forwarded", "call.ringing", "call.answered", "call.ended"]
+    assert rig.ending() == ("answered", "api-hangup", 200)
+
+
+def test_caller_that_rings_says_so_once() -> None:
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, 180)
+    assert rig.one(Publish).event.leg is LegName.CALLER
+    rig.answers(LegName.CALLER, 180)
+    assert rig.each(Publish) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "ending"),
+    [
+        (486, ("busy", "caller-busy", 486)),
+        (603, ("rejected", "caller-declined", 603)),
+        (480, ("no_answer", "caller-unavailable", 480)),
+        (404, ("rejected", "caller-rejected", 404)),
+    ],
+)
+def test_caller_that_refuses_ends_the_call_before_the_callee_hears_of_it(
+    status: int, ending: tuple[str, str, int]
+) -> None:
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, status)
+    assert rig.methods() == []
+    rig.closed()
+    assert rig.ending() == ending
+    assert rig.call.done
+
+
+def test_caller_that_does_not_pick_up_in_time_is_cancelled() -> None:
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, 180)
+    rig.now += LIMITS.ring_timeout_s
+    rig.did(rig.call.handle_timer(rig.now))
+    assert len(rig.each(SendCancel)) == 1
+    rig.closed()
+    assert rig.ending() == ("no_answer", "caller-unavailable", 480)
+
+
+def test_callee_that_is_busy_ends_the_waiting_caller_with_bye() -> None:
+    rig = caller_picked_up().answers(LegName.CALLEE, 486)
+    assert rig.methods() == ["BYE"]
+    assert rig.each(SendRequest)[0].request.headers.get("Reason") == 'SIP;cause=486;text="callee-busy"'
+    rig.closed()
+    assert rig.ending() == ("busy", "callee-busy", 486)
+
+
+def test_caller_that_hangs_up_while_the_callee_rings_cancels_it() -> None:
+    rig = caller_picked_up().answers(LegName.CALLEE, 180)
+    rig.caller_sends("BYE", 1)
+    assert rig.statuses() == [(200, "BYE")]
+    assert len(rig.each(SendCancel)) == 1
+
+
+def test_caller_without_a_line_that_can_be_relayed_is_told_and_nobody_else_is_rung() -> None:
+    offer = sdp("192.0.2.10", 40000).replace(b"RTP/AVP", b"TCP/MSRP")
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, 200, offer)
+    assert rig.methods() == ["BYE"]
+    rig.closed()
+    assert rig.ending() == ("failed", "no-common-media", 488)
+
+
+def test_caller_that_refuses_the_callees_answer_ends_the_call() -> None:
+    rig = caller_picked_up().answers(LegName.CALLEE, 200, CALLEE_SDP).updated()
+    rig.answers(LegName.CALLER, 488)
+    assert rig.methods() == ["BYE", "BYE"]
+    rig.closed()
+    assert rig.ending() == ("answered", "bad-answer", 200)
+
+
+def test_data_plane_that_cannot_give_the_callers_lines_ports_ends_an_originated_call() -> None:
+    rig = Rig(originated=True).opened().answers(LegName.CALLER, 200, sdp("192.0.2.10", 40000))
+    rig.did(rig.call.receive_media(MediaFailed("call-1", 2, MediaFailure.UNAVAILABLE, "gone"), rig.now))
+    rig.closed()
+    assert rig.ending() == ("failed", "media-unavailable", 503)
+
+
+@pytest.mark.parametrize("step", ["reserving", "calling", "inviting"])
+def test_originated_call_can_be_hung_up_at_any_moment(step: str) -> None:
+    rig = Rig(originated=True)
+    if step == "calling":
+        rig.opened()
+    elif step == "inviting":
+        rig = caller_picked_up()
+    rig.did(rig.call.hang_up(termination.of_hangup("for a test", answered=False), rig.now))
+    sent = {"reserving": (0, []), "calling": (1, []), "inviting": (1, ["BYE"])}[step]
+    assert (len(rig.each(SendCancel)), rig.methods()) == sent
+    rig.closed()
+    assert rig.ending() == ("cancelled", "api-hangup", 480)

@@ -218,7 +218,7 @@ def test_a_refresh_replaces_its_binding_and_moves_it_to_the_new_flow() -> None:
     result = subject.receive(register(PHONE, cseq=2), moved, "1001", NOW + 100)
     (binding,) = subject.lookup("1001", NOW + 100)
     assert (binding.flow, binding.cseq, binding.expires_at) == (moved, 2, NOW + 700)
-    assert result.added == (binding,)
+    assert (result.added, result.refreshed) == ((), (binding,))
     assert result.removed == ()
     assert len(subject) == 1
 

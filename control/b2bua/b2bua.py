@@ -8,20 +8,20 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Protocol, assert_never
-from urllib.parse import quote
 
 import structlog
 
+from control.b2bua.authentication import Authentication
+from control.b2bua.factory import CallFactory, OriginatedParty, caller_record
 from control.metrics import ControlMetrics
+from control.pbx import termination
 from control.pbx.admission import Admission
-from control.pbx.call import Call, CallLimits, CloseMedia, Effect, OpenMedia, Parties, Publish, UpdateMedia
-from control.pbx.call_media import CallMedia, MediaAddress, sdp_number
+from control.pbx.call import Call, CloseMedia, Effect, OpenMedia, Publish, UpdateMedia
 from control.pbx.media import MediaFailure, MediaInput, MediaSpec
 from control.pbx.records import (
     CallDirection,
@@ -30,27 +30,31 @@ from control.pbx.records import (
     CallId,
     CallRecord,
     CallState,
+    CallView,
+    ErrorEvent,
+    Event,
     LegName,
-    LegRecord,
     Reason,
+    RegistrationEvent,
+    RegistrationEventKind,
+    RegistrationView,
     Result,
     Termination,
+    UnregisterCause,
 )
-from control.pbx.registrar import Registrar
-from control.pbx.routing import Caller, Refusal, Route, Router, Target
+from control.pbx.registrar import Binding, Registrar
+from control.pbx.routing import Caller, Refusal, Router
 from control.pbx.trunks import Trunks
 from control.settings.settings import Settings
-from control.sip.address import Address, Flow
-from control.sip.digest import DenialReason, Denied, DigestAuthenticator, Password, Verified
+from control.sip.address import Flow
+from control.sip.digest import DenialReason, Denied, DigestAuthenticator
 from control.sip.errors import RemoteProtocolError
-from control.sip.headers import NameAddr, Uri
+from control.sip.headers import Uri
 from control.sip.message import Request, Response, build_response
 from control.sip.session import (
     ALLOW,
     SDP,
     SUPPORTED,
-    InviteSession,
-    LocalParty,
     SendAck,
     SendCancel,
     SendRequest,
@@ -69,14 +73,13 @@ from control.sip.stack import (
     Transmit,
 )
 from control.sip.stack import Output as StackOutput
-from control.sip.transaction import Timers, TransactionId
+from control.sip.transaction import TransactionId
 
 # Requests that exist inside dialogs only (RFC 3261 section 12.2.2), and all that we know of.
 IN_DIALOG: Final = frozenset({"BYE", "PRACK", "UPDATE", "INFO"})
 KNOWN: Final = IN_DIALOG | {"INVITE", "ACK", "CANCEL", "OPTIONS", "REGISTER", "MESSAGE", "NOTIFY", "SUBSCRIBE", "REFER",
                             "PUBLISH"}  # fmt: skip
 OUT_OF_DIALOG_ALLOW: Final = f"{ALLOW}, REGISTER"
-DEFAULT_MAX_FORWARDS: Final = 70
 CLOSE_PATIENCE_S: Final = 4.0
 
 _log = structlog.get_logger(__name__)
@@ -121,7 +124,7 @@ class B2bua:
         authenticator: DigestAuthenticator,
         media: MediaPort,
         transmit: Callable[[bytes, Flow], None],
-        publish: Callable[[CallEvent], None],
+        publish: Callable[[Event], None],
         metrics: ControlMetrics,
         new_token: Callable[[], str],
         clock: Callable[[], float],
@@ -133,7 +136,8 @@ class B2bua:
         self._router = router
         self._trunks = trunks
         self._admission = admission
-        self._authenticator = authenticator
+        self._authentication = Authentication(authenticator, settings.users, metrics=metrics, new_token=new_token)
+        self._factory = CallFactory(settings, new_token=new_token)
         self._media = media
         self._transmit = transmit
         self._publish = publish
@@ -141,16 +145,6 @@ class B2bua:
         self._new_token = new_token
         self._clock = clock
         self._utc_now = utc_now
-        self._random = random.SystemRandom().random
-        self._timers = Timers(settings.sip.timers.t1_s, settings.sip.timers.t2_s, settings.sip.timers.t4_s)
-        self._limits = CallLimits(
-            settings.sip.ring_timeout_s, settings.sip.max_call_duration_s, settings.limits.retry_after_s
-        )
-        self._users = {user.name: user for user in settings.users}
-        self._advertised = {listener.name: listener for listener in settings.sip.listeners}
-        self._media_addresses = {
-            address.version: MediaAddress(address.bind, address.advertise) for address in settings.media.addresses
-        }
         self._calls: dict[CallId, Call] = {}
         self._legs: dict[tuple[str, str], tuple[Call, LegName]] = {}
         self._transactions: dict[TransactionId, tuple[Call, LegName]] = {}
@@ -190,19 +184,73 @@ class B2bua:
         counts = Counter(call.state.value for call in self._calls.values())
         return {state.value: counts[state.value] for state in CallState if state is not CallState.ENDED}
 
+    # ---- what programs ask for -------------------------------------------------------------------------------------
+
+    def _count(self) -> int:
+        return sum(call.state is not CallState.ENDED for call in self._calls.values())
+
+    def calls(self) -> list[CallView]:
+        """The calls that have not ended, the oldest first."""
+        return [call.view() for call in self._calls.values() if call.state is not CallState.ENDED]
+
+    def call(self, call_id: CallId) -> CallView | None:
+        """One of them."""
+        call = self._calls.get(call_id)
+        return call.view() if call is not None and call.state is not CallState.ENDED else None
+
+    def registrations(self) -> list[RegistrationView]:
+        """What is registered now, by user."""
+        now = self._clock()
+        return [self._registration(binding, now) for binding in self._registrar.bindings(now)]
+
+    def originate(self, call_id: CallId, caller: str, callee: str) -> CallView | Refusal:
+        """Starts a call between two parties, each named as a user would dial it; or says why there is none.
+
+        Whether `call_id` is new is for whoever asks to know.
+        """
+        now = self._clock()
+        refused = self._admission.admit(None, self._count(), now) or self._media_refusal()
+        if refused is not None:
+            return refused
+        parties: list[OriginatedParty] = []
+        for leg, name in ((LegName.CALLER, caller), (LegName.CALLEE, callee)):
+            # A program may have called whatever users may dial.
+            route = self._router.route(Caller(user=name), Uri("sip", name, "localhost"), now)
+            if isinstance(route, Refusal):
+                return replace(route, detail=f"the {leg.value}: {route.detail}")
+            parties.append(OriginatedParty(name, route))
+        call = self._factory.originated(call_id, *parties, utc=self._utc_now(), now=now)
+        with self._border(call):
+            self._start(call, now)
+        self._arm()
+        return call.view()
+
+    def hang_up(self, call_id: CallId, detail: str) -> CallView | None:
+        """Ends a call, whatever it is doing; None when there is none. `detail` says for whom."""
+        call = self._calls.get(call_id)
+        if call is None or call.state is CallState.ENDED:
+            return None
+        now = self._clock()
+        with self._border(call):
+            end = termination.of_hangup(detail, answered=call.times.answered is not None)
+            self._perform(call, call.hang_up(end, now), now)
+        self._arm()
+        return call.view()
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    async def idle(self) -> None:
+        """Waits until there are no calls."""
+        await self._idle.wait()
+
     async def close(self) -> None:
         """Ends all calls, and waits a while for their media statistics and for the answers of the far ends."""
         now = self._clock()
-        self._admission.draining = True
         for call in list(self._calls.values()):
-            detail = "the system stops"
-            answered = call.times.answered is not None
-            termination = (
-                Termination(Result.ANSWERED, Reason.DRAINING, 200, detail=detail)
-                if answered
-                else Termination(Result.FAILED, Reason.DRAINING, 503, detail=detail)
-            )
-            self._perform(call, call.hang_up(termination, now), now)
+            with self._border(call):
+                answered = call.times.answered is not None
+                end = termination.of_failure(Reason.DRAINING, "the system stops", answered=answered)
+                self._perform(call, call.hang_up(end, now), now)
         self._arm()
         try:
             await asyncio.wait_for(self._idle.wait(), CLOSE_PATIENCE_S)
@@ -251,6 +299,7 @@ class B2bua:
         except Exception:  # noqa: BLE001 -- the border of one request
             self._metrics.error("sip", "request-failed")
             _log.exception("sip.request_failed", method=request.method, sip_call_id=request.call_id)
+            self._publish(ErrorEvent(self._utc_now(), "sip", "request-failed", f"a {request.method}; see the log"))
             self._answer(event.transaction, build_response(request, 500, to_tag=self._new_token()), now)
 
     def _dispatch(self, event: RequestReceived, now: float) -> None:
@@ -264,6 +313,9 @@ class B2bua:
             self._perform(call, call.receive(leg, event, now), now)
             return
         match request.method:
+            case "REGISTER" | "OPTIONS" if self._admission.draining:
+                refused = Refusal(503, Reason.DRAINING, "draining", self._admission.retry_after_s)
+                self._answer(event.transaction, self._refusal_of(request, refused), now)
             case "INVITE":
                 self._invited(event, now)
             case "REGISTER":
@@ -299,7 +351,9 @@ class B2bua:
             _log.warning("sip.message_unusable", call_id=call.call_id if call else None, error=str(error))
         except Exception:  # noqa: BLE001 -- the border of one event
             self._metrics.error("sip", "event-failed")
-            _log.exception("call.failed", call_id=call.call_id if call else None)
+            call_id = call.call_id if call else None
+            _log.exception("call.failed", call_id=call_id)
+            self._publish(ErrorEvent(self._utc_now(), "sip", "event-failed", "see the log", call_id))
             if call is not None:
                 self._give_up(call)
 
@@ -320,7 +374,7 @@ class B2bua:
         request = event.request
         if request.require:
             raise RemoteProtocolError(420, ", ".join(sorted(request.require)), "Require", request)
-        verdict = self._authenticate(request, "Authorization", now)
+        verdict = self._authentication.verify(request, "Authorization", now)
         if isinstance(verdict, Denied):
             self._metrics.registration("challenged" if verdict.reason is DenialReason.MISSING else "denied")
             self._deny(event, verdict, now, status=401)
@@ -329,54 +383,38 @@ class B2bua:
         status = result.response.status
         self._metrics.registration("ok" if status == 200 else "rejected")
         for binding in result.added:
-            _log.info(
-                "registration.added", user=binding.aor, contact=str(binding.contact), source=str(event.flow.remote)
-            )
+            self._tell_of_binding(RegistrationEventKind.REGISTERED, binding, now)
+        for binding in result.refreshed:
+            _log.debug("registration.refreshed", user=binding.aor, contact=str(binding.contact))
         for binding in result.removed:
-            _log.info("registration.removed", user=binding.aor, contact=str(binding.contact))
+            self._tell_of_binding(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.REMOVED)
         if status != 200:
             _log.warning(
                 "registration.refused", user=verdict.username, sip_status=status, source=str(event.flow.remote)
             )
         self._answer(event.transaction, self._tagged(result.response), now)
 
-    def _authenticate(self, request: Request, header: str, now: float) -> Verified | Denied:
-        verdict = self._authenticator.verify(
-            request.method, request.uri, request.headers.get_all(header), self._password_of, now
-        )
-        outcome = "ok" if isinstance(verdict, Verified) else verdict.reason.value
-        self._metrics.authentication(request.method, outcome)
-        return verdict
+    def _tell_of_binding(
+        self, kind: RegistrationEventKind, binding: Binding, now: float, cause: UnregisterCause | None = None
+    ) -> None:
+        registration = self._registration(binding, now)
+        event = RegistrationEvent(kind, self._utc_now(), registration, cause)
+        what = "registration.added" if cause is None else f"registration.{cause.value}"
+        _log.info(what, user=registration.user, contact=registration.contact, source=registration.source)
+        self._publish(event)
 
-    def _password_of(self, username: str) -> Password | None:
-        user = self._users.get(username)
-        if user is None:
-            return None
-        if user.password is not None:
-            return Password(plain=user.password.get_secret_value())
-        if user.ha1 is None:
-            return None
-        hashes = {"MD5": user.ha1.md5, "SHA-256": user.ha1.sha256}
-        return Password(ha1={name: value.get_secret_value() for name, value in hashes.items() if value is not None})
+    def _registration(self, binding: Binding, now: float) -> RegistrationView:
+        return RegistrationView(
+            user=binding.aor,
+            contact=str(binding.contact),
+            source=str(binding.flow.remote),
+            user_agent=binding.user_agent,
+            expires_at=self._utc_now() + timedelta(seconds=binding.expires_at - now),
+        )
 
     def _deny(self, event: RequestReceived, verdict: Denied, now: float, *, status: int) -> None:
-        """Challenges a request; wrong credentials are refused for good, so that nobody goes on trying with them."""
-        request = event.request
-        if verdict.reason in (DenialReason.MISSING, DenialReason.STALE, DenialReason.REPLAYED):
-            response = build_response(request, status, to_tag=self._new_token())
-            header = "WWW-Authenticate" if status == 401 else "Proxy-Authenticate"
-            for value in self._authenticator.challenges(now, stale=verdict.reason is not DenialReason.MISSING):
-                response.headers.add(header, value)
-            self._answer(event.transaction, response, now)
-            return
-        _log.warning(
-            "authentication.failed",
-            method=request.method,
-            user=verdict.username,
-            source=str(event.flow.remote),
-            reason=verdict.reason.value,
-        )
-        self._answer(event.transaction, build_response(request, 403, to_tag=self._new_token()), now)
+        response = self._authentication.answer(event.request, verdict, event.flow.remote, now, status=status)
+        self._answer(event.transaction, response, now)
 
     # ---- a new call ------------------------------------------------------------------------------------------------
 
@@ -387,11 +425,10 @@ class B2bua:
         shown = request.from_.uri.username or "anonymous"
         direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
         if trunk is None and "Proxy-Authorization" not in request.headers:
-            self._metrics.authentication(request.method, DenialReason.MISSING.value)
-            self._deny(event, Denied(DenialReason.MISSING), now, status=407)
+            self._deny(event, self._authentication.without_credentials(request), now, status=407)
             return
         # Before the credentials are looked at: whoever guesses passwords is held to the rate, too.
-        refused = self._admission.admit(flow.remote, sum(self.active_calls().values()), now)
+        refused = self._admission.admit(flow.remote, self._count(), now)
         if trunk is None:
             if refused is not None and refused.reason is Reason.RATE_LIMIT:
                 # Nobody has shown who he is, so he cannot fill the disk with records either.
@@ -399,7 +436,7 @@ class B2bua:
                 _log.warning("call.rate_limited", source=str(flow.remote))
                 self._answer(event.transaction, self._refusal_of(request, refused), now)
                 return
-            verdict = self._authenticate(request, "Proxy-Authorization", now)
+            verdict = self._authentication.verify(request, "Proxy-Authorization", now)
             if isinstance(verdict, Denied):
                 if verdict.reason in (DenialReason.WRONG, DenialReason.MALFORMED):
                     detail = f"credentials of {verdict.username or 'nobody'}: {verdict.reason.value}"
@@ -414,7 +451,9 @@ class B2bua:
         if isinstance(route, Refusal):
             self._refuse_call(event, route, direction, (shown, uri))
             return
-        self._start_call(event, caller, shown, route, now)
+        call = self._factory.invited(event, caller, shown, route, utc=self._utc_now(), now=now)
+        self._own(event.transaction, call, LegName.CALLER)
+        self._start(call, now)
 
     def _media_refusal(self) -> Refusal | None:
         failure = self._media.unavailable()
@@ -423,81 +462,12 @@ class B2bua:
         reason, detail = _MEDIA_REASONS[failure]
         return Refusal(503, reason, detail, self._admission.retry_after_s)
 
-    def _start_call(self, event: RequestReceived, caller: Caller, shown: str, route: Route, now: float) -> None:
-        request, target = event.request, route.targets[0]
-        session_id = self._new_token()
-        addresses: dict[LegName, MediaAddress] = {}
-        for leg, flow in ((LegName.CALLER, event.flow), (LegName.CALLEE, target.flow)):
-            addresses[leg] = self._media_addresses[6 if ":" in flow.remote.host else 4]
-        parties = self._parties(request, caller, shown, route, target)
-        caller_session = InviteSession.of_caller(
-            event,
-            symmetric=caller.user is not None,
-            party=self._party(parties.callee, event.flow),
-            timers=self._timers,
-            new_token=self._new_token,
-            random=self._random,
-        )
-        callee_session = InviteSession.of_callee(
-            flow=target.flow,
-            symmetric=target.user is not None,
-            party=self._party(parties.caller, target.flow),
-            timers=self._timers,
-            new_token=self._new_token,
-            random=self._random,
-        )
-        call = Call.between(
-            CallId(session_id),
-            parties,
-            caller=caller_session,
-            callee=callee_session,
-            leg_records=_leg_records(request),
-            media=CallMedia.between(
-                session_id,
-                self._settings.media.mode,
-                self._settings.media.latch_policy,
-                addresses=addresses,
-                signalling={LegName.CALLER: event.flow.remote.host, LegName.CALLEE: target.flow.remote.host},
-                session_ids={leg: sdp_number(self._new_token()) for leg in LegName},
-            ),
-            limits=self._limits,
-            offer=request.body,
-            utc=self._utc_now(),
-            now=now,
-        )
+    def _start(self, call: Call, now: float) -> None:
         self._calls[call.call_id] = call
         self._idle.clear()
-        self._own(event.transaction, call, LegName.CALLER)
         for leg, session in call.legs.items():
             self._legs[session.sip_call_id, session.local_tag] = (call, leg)
         self._perform(call, call.start(now), now)
-
-    def _parties(self, request: Request, caller: Caller, shown: str, route: Route, target: Target) -> Parties:
-        """Who is on the call. The callee's leg names the caller at our own address, never at its own."""
-        here = self._address_at(target.flow)
-        user = self._users.get(caller.user) if caller.user is not None else None
-        display_name = (user.display_name if user is not None else "") or request.from_.display_name
-        hops = request.max_forwards
-        return Parties(
-            direction=route.direction,
-            caller=shown,
-            callee=route.number,
-            shown_caller=NameAddr(_uri(shown, here), display_name),
-            shown_callee=NameAddr(replace(target.uri, params=(), headers="")),
-            request_uri=str(target.uri),
-            max_forwards=(DEFAULT_MAX_FORWARDS if hops is None else hops) - 1,
-            caller_user=caller.user,
-            caller_trunk=caller.trunk,
-            callee_user=target.user,
-            callee_trunk=target.trunk,
-        )
-
-    def _party(self, name: str, flow: Flow) -> LocalParty:
-        return LocalParty(NameAddr(_uri(name, self._address_at(flow))), self._settings.sip.server_name)
-
-    def _address_at(self, flow: Flow) -> Address:
-        listener = self._advertised[flow.listener]
-        return Address(listener.advertise, listener.advertised_port)
 
     def _refuse_call(
         self, event: RequestReceived, refused: Refusal, direction: CallDirection, parties: tuple[str, Uri]
@@ -519,7 +489,7 @@ class B2bua:
         call_id = CallId(self._new_token())
         shown, uri = parties
         callee = uri.username or uri.opaque
-        leg = _leg_record(event.request, event.flow.remote, None, None)
+        leg = caller_record(event.request, event.flow.remote, None, None)
         record = CallRecord(
             call_id=call_id,
             direction=direction,
@@ -641,50 +611,5 @@ class B2bua:
                 with self._border(call):
                     self._perform(call, call.handle_timer(now), now)
         for binding in self._registrar.expire(now):
-            _log.info("registration.expired", user=binding.aor, contact=str(binding.contact))
+            self._tell_of_binding(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.EXPIRED)
         self._arm()
-
-
-def _uri(user: str, address: Address) -> Uri:
-    return Uri("sip", _escaped(user), address.host, address.port)
-
-
-def _escaped(user: str) -> str:
-    """A user part as a URI writes it (RFC 3261 section 25.1, user)."""
-    return quote(user, safe="-_.!~*'()&=+$,;?/", errors="surrogateescape")
-
-
-def _leg_record(request: Request, remote: Address, user: str | None, trunk: str | None) -> LegRecord:
-    return LegRecord(
-        name=LegName.CALLER,
-        sip_call_id=request.call_id,
-        from_uri=str(request.from_.uri),
-        to_uri=str(request.to.uri),
-        remote=str(remote),
-        trunk=trunk,
-        user=user,
-        user_agent=request.user_agent,
-    )
-
-
-def _leg_records(request: Request) -> Callable[[Call], tuple[LegRecord, ...]]:
-    """Makes the records of both legs when the call has ended, with the parties as they stood on the wire."""
-
-    def legs(call: Call) -> tuple[LegRecord, ...]:
-        parties = call.parties
-        caller, callee = call.legs[LegName.CALLER], call.legs[LegName.CALLEE]
-        return (
-            _leg_record(request, caller.flow.remote, parties.caller_user, parties.caller_trunk),
-            LegRecord(
-                name=LegName.CALLEE,
-                sip_call_id=callee.sip_call_id,
-                from_uri=str(parties.shown_caller.uri),
-                to_uri=str(parties.shown_callee.uri),
-                remote=str(callee.flow.remote),
-                trunk=parties.callee_trunk,
-                user=parties.callee_user,
-                user_agent=callee.peer_product,
-            ),
-        )
-
-    return legs

@@ -1,0 +1,1 @@
+"""The transaction user: between the stack and the calls."""
