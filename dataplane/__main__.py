@@ -2,9 +2,10 @@
 
     python -m dataplane [--config FILE] [--supervise]
 
-It runs in the foreground and logs to standard error. SIGTERM or SIGINT ends it once its sessions are gone or
-`lease.drain_timeout_s` has passed; a second signal does not wait for that. With --supervise this process becomes the
-supervisor of another, which it restarts at once after it dies.
+It runs in the foreground and logs to standard error. SIGTERM or SIGINT ends it once its sessions and then the control
+plane are gone, or `lease.drain_timeout_s` has passed; a second signal does not wait for that. So both planes may be
+signalled at once. With --supervise this process becomes the supervisor of another, which it restarts at once after it
+dies.
 
 Exit codes:
     0   stopped as asked

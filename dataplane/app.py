@@ -22,7 +22,7 @@ from dataplane.engine.userspace import UserspaceEngine
 from dataplane.metrics import DataplaneMetrics, Tables
 from dataplane.ports import PortPool
 from dataplane.service.events import CloseReason, EventLog
-from dataplane.service.node import MediaNode
+from dataplane.service.node import MediaNode, Ownership
 from dataplane.service.servicer import SERVICE_NAME, MediaServicer
 from dataplane.session.relay import DropReason, StreamSnapshot
 from dataplane.session.spec import Leg
@@ -37,7 +37,13 @@ EXIT_ENGINE = 4
 
 EVENTS_KEPT = 10_000
 TICK_S = 1.0
+DRAIN_TICK_S = 0.1
 GRPC_STOP_S = 1.0
+# Both planes of a pod are signalled at once. For so long, sessions are still taken, for calls that the control plane
+# had let in by then; it refuses those that come later.
+SETTLE_S = 2.0
+# Without sessions, the control plane has so long to leave first.
+RELEASE_S = 5.0
 # A control plane that restarts is back well before; one that has ended will not release its sessions.
 DRAIN_WITHOUT_OWNER_S = 5.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
@@ -167,33 +173,46 @@ class DataPlane:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self) -> None:
-        """Take no new sessions and relay on until the last has ended, the time is up, or a second signal comes."""
-        self.node.drain("the data plane is stopping")
+        """Relay on until nobody needs it any more, the time is up, or a second signal comes; then end what is left.
+
+        The control plane is to go first: it is waited for as long as it has sessions, and a moment longer.
+        """
+        begun = time.monotonic()
+        log.info("process.draining", sessions=len(self.node))
         for service in ("", SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        deadline = time.monotonic() + self._settings.lease.drain_timeout_s
-        while not self.node.empty.is_set() and not self._stop.now.is_set() and time.monotonic() < deadline:
+        deadline = begun + self._settings.lease.drain_timeout_s
+        needed_at = begun
+        while not self._stop.now.is_set() and (now := time.monotonic()) < deadline:
             owner = self.node.owner
-            if owner is None or owner.absent_s(time.monotonic()) > DRAIN_WITHOUT_OWNER_S:
-                log.warning("process.owner_gone", sessions=len(self.node))
+            if owner is None or not owner.connected or now - begun >= SETTLE_S:
+                self.node.drain("the data plane is stopping")
+            if len(self.node):
+                needed_at = now
+            if self._is_released(owner, now, needed_at):
                 break
-            waits = {
-                asyncio.create_task(self.node.empty.wait(), name="last session"),
-                asyncio.create_task(self._stop.now.wait(), name="second signal"),
-            }
-            await asyncio.wait(waits, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.now.wait(), DRAIN_TICK_S)
+        self.node.drain("the data plane is stopping")
         if len(self.node):
             log.warning("process.sessions_cut", sessions=len(self.node))
             await self.node.close_all(CloseReason.SHUTDOWN)
         log.info("process.stopped")
 
+    def _is_released(self, owner: Ownership | None, now: float, needed_at: float) -> bool:
+        """Nobody needs this data plane any more; `needed_at` is when there last were sessions."""
+        if owner is None:
+            return True
+        if not owner.connected:
+            return not len(self.node) or owner.absent_s(now) > DRAIN_WITHOUT_OWNER_S
+        return now - needed_at > RELEASE_S
+
     def unready(self) -> list[str]:
         """Why the data plane would refuse a session now; empty when it would not."""
         if self._starting:
             return ["starting"]
+        if self._stop.draining.is_set():
+            return ["draining"]
         capacity = self.node.capacity()
         return [] if capacity.accepting else [capacity.not_accepting_reason]
 

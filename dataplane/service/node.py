@@ -132,8 +132,6 @@ class MediaNode:
     ) -> None:
         self.events = events
         self.owner: Ownership | None = None
-        self.empty = asyncio.Event()
-        self.empty.set()
         self.sessions_created = 0
         self.sessions_closed = dict.fromkeys(CloseReason, 0)
         self.allocation_failures = dict.fromkeys((Refusal.PORTS_EXHAUSTED, Refusal.BIND_FAILED), 0)
@@ -321,7 +319,6 @@ class MediaNode:
         block = await self._bind_block(spec, first_port)
         view = SessionView(spec, block, self._utc_now())
         self._sessions[spec.session_id] = view
-        self.empty.clear()
         self.sessions_created += 1
         self._note_capacity()
         log.info("session.created", session_id=spec.session_id, first_port=block.first)
@@ -421,8 +418,6 @@ class MediaNode:
         self._closed_streams[session_id] = streams
         self._publish(SessionClosed(session_id, reason, streams))
         log.info("session.closed", session_id=session_id, reason=reason)
-        if not self._sessions:
-            self.empty.set()
         self._note_capacity()
         return final
 

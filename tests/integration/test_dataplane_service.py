@@ -1,6 +1,7 @@
 """The data plane as a process: MediaService over a Unix socket, real UDP, metrics, drain and exit codes."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -116,6 +117,14 @@ class Plane:
         granted = await self.stub.Acquire(media_service_pb2.AcquireRequest(owner_id=owner_id), timeout=WAIT_S)
         return granted.epoch
 
+    async def terminate(self) -> None:
+        """Sends SIGTERM and waits until it has been taken in."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(WAIT_S):
+            while await self.get("/readyz") != (503, "draining\n"):
+                await asyncio.sleep(0.02)
+
     async def exit_code(self) -> int:
         assert self.process is not None
         async with asyncio.timeout(WAIT_S):
@@ -155,6 +164,18 @@ class Commands:
 
     async def delete(self, session_id: str) -> media_service_pb2.CommandResult:
         return (await self.send(deletion(session_id)))[0]
+
+
+async def refused_while_draining(commands: Commands) -> None:
+    """Waits until new sessions are refused, which a draining data plane begins with after a moment."""
+    async with asyncio.timeout(WAIT_S):
+        for number in itertools.count():
+            result = await commands.create(spec(f"new-{number}"))
+            if result.HasField("error"):
+                assert result.error.reason == node_pb2.ERROR_REASON_DRAINING
+                return
+            await commands.delete(f"new-{number}")
+            await asyncio.sleep(0.05)
 
 
 def creation(spec: session_pb2.SessionSpec, first_port: int = 0) -> media_service_pb2.Command:
@@ -445,25 +466,70 @@ async def test_the_first_signal_drains_and_running_calls_go_on(plane: Plane) -> 
     commands = Commands(plane, await plane.acquire())
     with bound() as caller, bound() as callee:
         await commands.create(spec(caller=caller.getsockname()[1], callee=callee.getsockname()[1]))
-        assert plane.process is not None
-        plane.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(WAIT_S):
-            while (await plane.get("/readyz"))[0] != 503:
-                await asyncio.sleep(0.05)
-        assert (await commands.create(spec("new"))).error.reason == node_pb2.ERROR_REASON_DRAINING
+        await plane.terminate()
+        await refused_while_draining(commands)
         caller.sendto(rtp(1), ("127.0.0.1", FIRST_PORT))
         assert await receive(callee) == rtp(1)
     assert (await commands.delete("s")).session.session_id == "s"
+    commands.call.cancel()
     assert await plane.exit_code() == 0
     assert not plane.socket.exists()
+
+
+async def test_a_call_that_was_let_in_just_before_the_signal_gets_its_session(plane: Plane) -> None:
+    commands = Commands(plane, await plane.acquire())
+    await commands.delete("s")  # the stream is open
+    await plane.terminate()
+    with bound() as caller, bound() as callee:
+        created = await commands.create(spec(caller=caller.getsockname()[1], callee=callee.getsockname()[1]))
+        assert created.session.session_id == "s"
+        await refused_while_draining(commands)
+        callee.sendto(rtp(1), ("127.0.0.1", FIRST_PORT + 4))
+        assert await receive(caller) == rtp(1)
+
+
+async def test_a_draining_data_plane_without_sessions_leaves_behind_its_owner(plane: Plane) -> None:
+    commands = Commands(plane, await plane.acquire())
+    await commands.delete("s")
+    await plane.terminate()
+    await refused_while_draining(commands)
+    assert plane.process is not None
+    assert plane.process.returncode is None, "its owner is still there"
+    commands.call.cancel()
+    assert await plane.exit_code() == 0
+    assert "process.sessions_cut" not in plane.log.read_text()
+
+
+async def test_a_draining_data_plane_without_sessions_does_not_wait_for_an_owner_that_stays(plane: Plane) -> None:
+    commands = Commands(plane, await plane.acquire())
+    await commands.delete("s")
+    await plane.terminate()
+    assert await plane.exit_code() == 0
+
+
+async def test_a_draining_data_plane_does_not_wait_for_sessions_of_an_owner_that_is_gone(plane: Plane) -> None:
+    commands = Commands(plane, await plane.acquire())
+    await commands.create(spec())
+    await plane.terminate()
+    commands.call.cancel()
+    assert await plane.exit_code() == 0
+    assert "process.sessions_cut" in plane.log.read_text()
+
+
+async def test_a_drain_has_an_end(tmp_path: Path) -> None:
+    async with Plane(tmp_path, lease={"drain_timeout_s": 0.5}) as plane:
+        commands = Commands(plane, await plane.acquire())
+        await commands.create(spec())
+        await plane.terminate()
+        assert await plane.exit_code() == 0
+        assert "process.sessions_cut" in plane.log.read_text()
 
 
 async def test_the_second_signal_does_not_wait(plane: Plane) -> None:
     commands = Commands(plane, await plane.acquire())
     await commands.create(spec())
+    await plane.terminate()
     assert plane.process is not None
-    plane.process.send_signal(signal.SIGTERM)
-    await asyncio.sleep(0.5)
     assert plane.process.returncode is None
     plane.process.send_signal(signal.SIGTERM)
     assert await plane.exit_code() == 0
