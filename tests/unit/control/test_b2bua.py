@@ -10,9 +10,23 @@ from control.b2bua.b2bua import B2bua
 from control.metrics import ControlMetrics
 from control.pbx.admission import Admission
 from control.pbx.media import LocalPorts, MediaClosed, MediaFailure, MediaOpened, MediaSpec, MediaUpdated
-from control.pbx.records import CallEvent, CallEventKind, CallRecord, Event, LegName
+from control.pbx.records import (
+    NODE_ERROR,
+    CallEvent,
+    CallEventKind,
+    CallId,
+    CallRecord,
+    CallState,
+    CallView,
+    ErrorEvent,
+    Event,
+    LegName,
+    RegistrationEvent,
+    RegistrationEventKind,
+    UnregisterCause,
+)
 from control.pbx.registrar import Registrar
-from control.pbx.routing import Router
+from control.pbx.routing import Refusal, Router
 from control.pbx.trunks import Trunks
 from control.settings.settings import Settings
 from control.sip.address import Address, Flow
@@ -87,6 +101,7 @@ class Rig:
         self.data_plane = DataPlane()
         self.metrics = ControlMetrics()
         self.now = 1000.0
+        self.admission = Admission(max_calls=100, calls_per_second=calls_per_second, retry_after_s=7)
         registrar = Registrar(
             is_user=lambda user: user == "1001",
             min_expires_s=60,
@@ -107,7 +122,7 @@ class Rig:
             registrar=registrar,
             router=Router(users=users, bindings_of=registrar.lookup, trunks=trunks, rules=settings.route_rules()),
             trunks=trunks,
-            admission=Admission(max_calls=100, calls_per_second=calls_per_second, retry_after_s=7),
+            admission=self.admission,
             authenticator=DigestAuthenticator(settings.realm, b"secret", algorithms=["MD5"]),
             media=self.data_plane,
             transmit=lambda data, flow: self.sent.append((parse_message(data), flow)),
@@ -311,3 +326,131 @@ async def test_options_outside_a_dialog_is_answered_without_a_challenge(rig: Rig
 @pytest.mark.parametrize(("method", "status"), [("BYE", 481), ("MESSAGE", 405), ("NONSENSE", 501)])
 async def test_other_requests_outside_a_dialog(rig: Rig, method: str, status: int) -> None:
     assert statuses(rig.receive(request_bytes(method))) == [status]
+
+
+# What programs ask for, and what they hear.
+
+
+def register(rig: Rig, *, cseq: int = 1, expires: int = 600) -> Response:
+    """1001 registers from 192.0.2.10, with the credentials that the challenge asks for."""
+    uri = "sip:198.51.100.1"
+    party = "<sip:1001@198.51.100.1>"
+
+    def ask(number: int, headers: tuple[tuple[str, str], ...]) -> Response:
+        data = request_bytes(
+            "REGISTER",
+            uri=uri,
+            branch=f"z9hG4bK-reg{number}",
+            call_id="register-1",
+            cseq=number,
+            from_=f"{party};tag=r",
+            to=party,
+            headers=(("Expires", str(expires)), *headers),
+        )
+        (answer,) = rig.receive(data)
+        assert isinstance(answer, Response)
+        return answer
+
+    challenges = ask(2 * cseq, ()).headers.get_all("WWW-Authenticate")
+    value = authorization(challenges, method="REGISTER", uri=uri, user="1001", password=PASSWORD, algorithms=("MD5",))
+    return ask(2 * cseq + 1, (("Authorization", value),))
+
+
+def types(rig: Rig) -> list[str]:
+    return [event.kind.value if not isinstance(event, ErrorEvent) else NODE_ERROR for event in rig.events]
+
+
+async def test_phone_that_registers_is_an_event_and_its_refresh_is_none(rig: Rig) -> None:
+    assert register(rig).status == 200
+    assert register(rig, cseq=2).status == 200
+    (event,) = rig.events
+    assert isinstance(event, RegistrationEvent)
+    assert (event.kind, event.registration.user, event.registration.source) == (
+        RegistrationEventKind.REGISTERED,
+        "1001",
+        "192.0.2.10:5060",
+    )
+    assert event.registration.expires_at == datetime(2026, 1, 1, 0, 10, tzinfo=UTC)
+    assert rig.b2bua.registrations() == [event.registration]
+
+
+async def test_phone_that_goes_is_an_event_that_says_how(rig: Rig) -> None:
+    register(rig)
+    register(rig, cseq=2, expires=0)
+    register(rig, cseq=3)
+    rig.now += 601
+    rig.b2bua._ring(rig.now)
+    gone = [event.cause for event in rig.events if isinstance(event, RegistrationEvent) and event.cause is not None]
+    assert gone == [UnregisterCause.REMOVED, UnregisterCause.EXPIRED]
+    assert rig.b2bua.registrations() == []
+
+
+async def test_originated_call_rings_the_caller_and_then_whom_it_would_dial(rig: Rig) -> None:
+    register(rig)
+    view = rig.b2bua.originate(CallId("orig-1"), "1001", "9123")
+    assert isinstance(view, CallView)
+    assert (view.call_id, view.state, view.caller, view.callee) == ("orig-1", CallState.RESERVING, "1001", "9123")
+    (to_caller,) = rig.open_media()
+    assert isinstance(to_caller, Request)
+    assert (to_caller.uri, to_caller.from_.uri.user) == ("sip:1001@192.0.2.10:5060", "9123")
+    answer = response_to(to_caller, 200, headers=(("Contact", "<sip:1001@192.0.2.10:5060>"),), body=sdp())
+    rig.receive(answer.encode())
+    ack, to_callee = rig.open_media()
+    assert isinstance(ack, Request)
+    assert ack.method == "ACK"
+    assert isinstance(to_callee, Request)
+    assert (to_callee.uri, to_callee.from_.uri.user) == ("sip:9123@192.0.2.50:5060", "1001")
+    assert rig.b2bua.call(CallId("orig-1")) == rig.b2bua.calls()[0]
+
+
+@pytest.mark.parametrize(
+    ("caller", "callee", "status", "detail"),
+    [
+        ("1001", "9123", 480, "the caller: user 1001 has no contact registered"),
+        ("9123", "1001", 480, "the callee: user 1001 has no contact registered"),
+        ("9123", "4567", 404, "the callee: no route for '4567'"),
+    ],
+)
+async def test_call_that_cannot_be_originated_is_refused_with_the_party_and_leaves_nothing(
+    rig: Rig, caller: str, callee: str, status: int, detail: str
+) -> None:
+    refused = rig.b2bua.originate(CallId("orig-1"), caller, callee)
+    assert isinstance(refused, Refusal)
+    assert refused.status == status
+    assert refused.detail.startswith(detail)
+    assert (rig.b2bua.calls(), rig.events, rig.data_plane.wishes) == ([], [], [])
+
+
+async def test_hang_up_ends_a_call_with_its_reason_and_says_when_there_is_none(rig: Rig) -> None:
+    rig.trunk_call()
+    (running,) = rig.b2bua.calls()
+    view = rig.b2bua.hang_up(running.call_id, "by a test")
+    assert view is not None
+    assert view.state is CallState.RELEASING
+    rig.b2bua.media_input(MediaClosed(running.call_id, ()))
+    end = rig.records[0].termination
+    assert (end.result.value, end.reason.value, end.detail) == ("cancelled", "api-hangup", "by a test")
+    assert rig.b2bua.hang_up(running.call_id, "again") is None
+
+
+async def test_draining_refuses_what_is_new_and_serves_the_calls_that_run(rig: Rig) -> None:
+    invite = rig.trunk_call()
+    rig.admission.draining = True
+    for method in ("OPTIONS", "REGISTER", "INVITE"):
+        data = request_bytes(method, branch=f"z9hG4bK-{method}", call_id=method, uri="sip:9123@198.51.100.1", body=b"")
+        answer = rig.receive(data, TRUNK)[-1]
+        assert isinstance(answer, Response)
+        assert (answer.status, answer.headers.get("Retry-After")) == (503, "7")
+    rig.receive(response_to(invite, 200, headers=(CONTACT,), body=sdp(TRUNK)).encode(), TRUNK)
+    (ok,) = rig.open_media()
+    assert statuses([ok]) == [200]
+    assert isinstance(rig.b2bua.originate(CallId("late"), "9123", "9124"), Refusal)
+
+
+async def test_bug_of_ours_is_an_event_for_the_operator(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(rig.b2bua), "_invited", fails)
+    rig.receive(request_bytes())
+    assert types(rig) == [NODE_ERROR]
