@@ -20,7 +20,7 @@ from pathlib import Path
 
 import structlog
 
-from control.b2bua import B2bua
+from control.b2bua.b2bua import B2bua
 from control.events.call_log import log_call_event
 from control.events.cdr import CdrFile
 from control.events.fanout import EventFanOut
