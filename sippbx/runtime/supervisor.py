@@ -7,13 +7,13 @@ and gives up after N restarts within S seconds, so that the orchestrator sees a 
 
 Sockets inherited by the LISTEN_FDS convention stay open here and are given to each child in turn: datagrams that arrive
 while there is none wait in the socket. SIGTERM, SIGINT and SIGHUP are forwarded. After SIGTERM or SIGINT nothing is
-restarted any more; a second one kills the child. The child leads a process group of its own, so a terminal's Ctrl-C
-reaches it once, from here. It is killed when the supervisor dies, and what it leaves in its group when it dies itself.
-Orphans are reaped.
+restarted any more; a second one is forwarded, too, so that a plane cuts its draining short, and a third kills the
+child. The child leads a process group of its own, so a terminal's Ctrl-C reaches it once, from here. It is killed when
+the supervisor dies, and what it leaves in its group when it dies itself. Orphans are reaped.
 
 Exit codes:
     the child's   it ended after a stop signal; or by itself with 0 (finished) or 2 (its configuration is refused)
-    128 + signal  the child was killed by a signal after a stop signal (137: by the second one)
+    128 + signal  the child was killed by a signal after a stop signal (137: by the third one)
     70            the child died too often; the log's last line is "supervisor.gave_up"
     127           the command cannot be executed
     2             wrong usage
@@ -40,6 +40,8 @@ EXIT_GAVE_UP = 70
 EXIT_CANNOT_EXECUTE = 127
 FINAL_EXIT_CODES = frozenset({0, 2, EXIT_CANNOT_EXECUTE})
 
+# Stop signals that are forwarded: one to drain, one to stop now.
+_PATIENCE = 2
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _WATCHED = _STOP_SIGNALS | {signal.SIGHUP, signal.SIGCHLD}
 
@@ -82,7 +84,7 @@ class Supervisor:
         self._cap = cap
         self._socket_names = socket_names
         self._child = 0
-        self._stopping = False
+        self._stop_signals = 0
 
     def run(self) -> int:
         """Supervises until there is nothing left to do; returns the exit code. The caller has one thread only."""
@@ -98,7 +100,7 @@ class Supervisor:
             if status is None:
                 continue
             code = exit_code(status)
-            if self._stopping or code in FINAL_EXIT_CODES:
+            if self._stop_signals or code in FINAL_EXIT_CODES:
                 self._log("info", "supervisor.stopped", exit_code=code)
                 return code
             if not self._cap.allows(time.monotonic()):
@@ -135,11 +137,11 @@ class Supervisor:
 
     def _forward(self, received: signal.Signals) -> None:
         if received in _STOP_SIGNALS:
-            if self._stopping:
+            self._stop_signals += 1
+            if self._stop_signals > _PATIENCE:
                 self._log("warning", "supervisor.child_killed", signal=received.name)
                 os.kill(self._child, signal.SIGKILL)
                 return
-            self._stopping = True
         self._log("info", "supervisor.signal_forwarded", signal=received.name)
         os.kill(self._child, received)
 
