@@ -1,9 +1,9 @@
 """The composition root of the control plane: the one place that makes its objects and ties them together.
 
-Start: probes first, so that everybody can see what is being waited for; then the stores, the data plane's client, and
-the SIP sockets last. Stop, in the reverse sense: new calls are refused, running calls are ended, and whatever they
-leave behind is written before the files are closed. Every step has a deadline; a second stop signal skips the rest of
-the calls.
+Start: probes first, so that everybody can see what is being waited for; then the stores, the data plane's client, the
+SIP sockets, and the APIs last. Stop, in the reverse sense: new calls are refused, running calls may end by themselves
+for a while and are then ended, and whatever they leave behind is written before the files are closed. Every step has a
+deadline; a second stop signal skips the while.
 """
 
 import asyncio
@@ -97,6 +97,7 @@ class ControlPlane:
             calls_per_second=settings.limits.calls_per_second,
             retry_after_s=settings.limits.retry_after_s,
         )
+        self._events = EventFanOut(self.metrics)
         self._media = MediaClient(
             target=settings.media.target,
             owner_id=settings.node_name,
@@ -104,8 +105,8 @@ class ControlPlane:
             lost_timeout_s=settings.media.lost_timeout_s,
             metrics=self.metrics,
             fenced=self._lose_ownership,
+            publish=self._events.publish,
         )
-        self._events = EventFanOut(self.metrics)
         self._stack = SipStack(
             advertised=self._advertised,
             new_token=_new_token,
@@ -157,25 +158,37 @@ class ControlPlane:
             yield plane
 
     async def finish(self) -> int:
-        """Refuse new calls, end the running ones, and return the exit code.
+        """Refuse new calls, let the running ones end, end what is left of them, and return the exit code.
 
         A fenced process ends nothing: its calls belong to whoever owns the data plane now.
         """
         if self._fenced:
             return EXIT_FENCED
-        self._admission.draining = True
-        _log.info("process.stopping", calls=sum(self._b2bua.active_calls().values()))
-        ending = asyncio.create_task(self._b2bua.close(), name="end-calls")
+        self._drain()
+        timeout_s = self._settings.drain.timeout_s
+        _log.info("process.stopping", calls=self._call_count(), drain_timeout_s=timeout_s)
+        drained = asyncio.create_task(self._b2bua.idle(), name="last-call")
         hurry = asyncio.create_task(self._stop.now.wait(), name="second-stop-signal")
-        done, pending = await asyncio.wait({ending, hurry}, timeout=CALLS_END_S, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
+        await asyncio.wait({drained, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in (drained, hurry):
             task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        if ending in done:
-            ending.result()
-        else:
-            _log.warning("process.calls_abandoned", calls=sum(self._b2bua.active_calls().values()))
+        await asyncio.gather(drained, hurry, return_exceptions=True)
+        if calls := self._call_count():
+            _log.warning("process.calls_cut", calls=calls, advice="drain.timeout_s is how long they may go on")
+        try:
+            await asyncio.wait_for(self._b2bua.close(), CALLS_END_S)
+        except TimeoutError:
+            _log.warning("process.calls_abandoned", calls=self._call_count())
         return EXIT_CLEAN
+
+    def _drain(self) -> None:
+        """Refuse new calls from now on."""
+        if not self._admission.draining:
+            self._admission.draining = True
+            _log.info("process.draining", calls=self._call_count())
+
+    def _call_count(self) -> int:
+        return sum(self._b2bua.active_calls().values())
 
     async def _start(self, running: contextlib.AsyncExitStack, inherited: Mapping[str, socket.socket]) -> None:
         settings = self._settings
@@ -239,7 +252,7 @@ class ControlPlane:
         reasons = []
         if self._starting:
             reasons.append("starting")
-        if self._stop.draining.is_set():
+        if self._admission.draining or self._stop.draining.is_set():
             reasons.append("draining")
         if (trouble := self._media.trouble) is not None:
             reasons.append(f"media: {trouble}")

@@ -12,6 +12,7 @@ Once another control plane has acquired the data plane, this one is fenced: it s
 import asyncio
 import contextlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,6 +23,7 @@ from control.media import wire
 from control.media.ledger import Action, Command, MediaLedger, Purpose
 from control.metrics import ControlMetrics
 from control.pbx.media import MediaFailure, MediaInput, MediaLost, MediaSpec
+from control.pbx.records import ErrorEvent
 from sippbx.media.v1 import event_pb2, media_service_pb2, media_service_pb2_grpc, node_pb2
 
 MAX_BATCH = 256
@@ -58,7 +60,7 @@ class MediaClient:
     """A MediaPort over gRPC. Wishes return at once; their answers are delivered later, each exactly once.
 
     `target` is a gRPC name such as `unix:///run/sippbx/media.sock`; `fenced` is called once when ownership is lost for
-    good.
+    good; `publish` hears of it when the data plane is lost.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class MediaClient:
         lost_timeout_s: float,
         metrics: ControlMetrics,
         fenced: Callable[[], None],
+        publish: Callable[[ErrorEvent], None],
         max_pending: int = MAX_PENDING,
     ) -> None:
         self._target = target
         self._owner_id = owner_id
         self._metrics = metrics
         self._tell_fenced = fenced
+        self._publish = publish
         self._ledger = MediaLedger(
             command_timeout_s=command_timeout_s, lost_timeout_s=lost_timeout_s, max_pending=max_pending
         )
@@ -372,6 +376,7 @@ class MediaClient:
     def _disconnected(self, reason: str, was_connected: bool) -> None:
         if was_connected:
             _log.warning("media.connection_lost", target=self._target, reason=reason, sessions=len(self._ledger))
+            self._publish(ErrorEvent(datetime.now(UTC), "media", "data-plane-lost", reason))
         elif reason != self._trouble:
             _log.warning("media.waiting_for_data_plane", target=self._target, reason=reason)
         self._trouble = reason

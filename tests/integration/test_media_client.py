@@ -18,7 +18,7 @@ from control.pbx.media import (
     MediaOpened,
     MediaUpdated,
 )
-from control.pbx.records import LegName
+from control.pbx.records import ErrorEvent, LegName
 from sippbx.media.v1 import event_pb2, node_pb2, session_pb2
 from tests.harness.media_server import ScriptedMediaServer
 from tests.harness.media_specs import media_spec
@@ -35,6 +35,7 @@ class Phone:
         self.metrics = ControlMetrics()
         self.answers: asyncio.Queue[MediaInput] = asyncio.Queue()
         self.fenced = asyncio.Event()
+        self.errors: list[ErrorEvent] = []
         self.client = MediaClient(
             target=target,
             owner_id="test",
@@ -42,6 +43,7 @@ class Phone:
             lost_timeout_s=lost_timeout_s,
             metrics=self.metrics,
             fenced=self.fenced.set,
+            publish=self.errors.append,
         )
         self.client.start(self.answers.put_nowait)
 
@@ -204,6 +206,7 @@ async def test_a_data_plane_that_stays_away_costs_the_session_once(server: Scrip
     lost = await phone.answer()
     assert isinstance(lost, MediaLost)
     assert lost.session_id == "s1"
+    assert [(error.component, error.kind) for error in phone.errors] == [("media", "data-plane-lost")]
     phone.client.close("s1")
     assert await phone.answer() == MediaClosed("s1", None)
     await asyncio.sleep(0.3)

@@ -150,10 +150,11 @@ def test_second_stop_signal_is_forwarded_and_the_third_kills_a_child_that_does_n
     supervised = start(["sh", "-c", "trap '' TERM; echo pid $$; while :; do sleep 0.05; done"])
     supervised.child(0)
     supervised.process.send_signal(signal.SIGTERM)
-    for count in (1, 2):
-        eventually(lambda count=count: len(supervised.events("supervisor.signal_forwarded")) == count)
-        assert supervised.process.poll() is None
-        supervised.process.send_signal(signal.SIGTERM)
+    eventually(lambda: len(supervised.events("supervisor.signal_forwarded")) == 1)
+    supervised.process.send_signal(signal.SIGTERM)
+    eventually(lambda: len(supervised.events("supervisor.signal_forwarded")) == 2)
+    assert supervised.process.poll() is None
+    supervised.process.send_signal(signal.SIGTERM)
     assert supervised.wait() == 137
 
 
