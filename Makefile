@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock run demo test test-unit lint type fmt proto proto-check bench soak check rfc clean debian-packages
+.PHONY: help setup lock run demo test test-unit lint type fmt proto proto-check images bench soak check rfc clean debian-packages
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,9 +26,13 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lock: ## resolve pyproject.toml into requirements.lock: hashed, without addresses
-	uv pip compile pyproject.toml --quiet --universal --all-extras --generate-hashes --no-emit-index-url \
-	  --no-emit-find-links --custom-compile-command "make lock" --output-file requirements.lock
+COMPILE := uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links \
+  --custom-compile-command "make lock"
+
+lock: ## resolve pyproject.toml into requirements*.lock: hashed, without addresses
+	$(COMPILE) pyproject.toml --all-extras --output-file requirements.lock
+	$(COMPILE) pyproject.toml --no-annotate --constraint requirements.lock --output-file requirements-runtime.lock
+	echo hatchling | $(COMPILE) - --no-annotate --constraint requirements.lock --output-file requirements-build.lock
 
 run: setup ## start the supervised pair on embedded defaults; Ctrl-C stops it
 	@exec $(VENV)/bin/sippbx run $(ARGS)
@@ -51,6 +55,7 @@ lint: setup ## style, formatting, import contracts, docs/rfc.md fresh
 	ruff format --check .
 	lint-imports --no-logo
 	python tools/rfc_matrix.py --check
+	hadolint Dockerfile
 
 type: setup ## mypy, strict
 	mypy
@@ -65,6 +70,14 @@ proto: setup ## generate the stubs
 
 proto-check: setup ## contracts: lint, format, stubs fresh, nothing broken since the newest tag or the baseline
 	python tools/proto_check.py
+
+ENGINE ?= podman
+IMAGE_TAG ?= dev
+
+images: ## build both images: make images ENGINE=docker PYTHON_IMAGE=python:3.13-slim IMAGE_TAG=1.2
+	for plane in control dataplane; do \
+	  $(ENGINE) build $(if $(PYTHON_IMAGE),--build-arg PYTHON_IMAGE=$(PYTHON_IMAGE)) --target $$plane --tag sip-pbx-$$plane:$(IMAGE_TAG) . || exit 1; \
+	done
 
 bench: setup ## figures, with the command that gave each
 	python -m bench $(ARGS)
