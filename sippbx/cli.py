@@ -22,15 +22,20 @@ SipPort = Annotated[int, typer.Option(min=1, max=65535, help="UDP port for SIP."
 MetricsPort = Annotated[
     int, typer.Option(min=1, max=65534, help="TCP port for the control plane's metrics; the data plane's is the next.")
 ]
+HttpPort = Annotated[int, typer.Option(min=1, max=65535, help="TCP port for the HTTP API.")]
+GrpcPort = Annotated[int, typer.Option(min=1, max=65535, help="TCP port for the gRPC API.")]
 RtpRange = Annotated[str, typer.Option(metavar="FIRST-LAST", help="UDP ports for media.")]
-Data = Annotated[Path, typer.Option(help="Folder for configuration, passwords, logs and call records.")]
+Data = Annotated[Path, typer.Option(help="Folder for configuration, passwords, API key, logs and call records.")]
 
 
 @app.command()
 def run(
+    *,
     address: Address = None,
     sip_port: SipPort = 5060,
     metrics_port: MetricsPort = 9090,
+    http_port: HttpPort = 8080,
+    grpc_port: GrpcPort = 50051,
     rtp_range: RtpRange = "10000-20000",
     data: Data = Path("run"),
 ) -> None:
@@ -39,8 +44,16 @@ def run(
     Exit codes: 0 stopped by signal, 1 a plane failed, 2 wrong usage, 3 a port is taken.
     """
     try:
-        pair = Pair(describe(address or own_address(), sip_port, metrics_port, _range_of(rtp_range), data))
-        code = asyncio.run(_run(pair))
+        description = describe(
+            address or own_address(),
+            sip_port=sip_port,
+            metrics_port=metrics_port,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            rtp_range=_range_of(rtp_range),
+            folder=data,
+        )
+        code = asyncio.run(_run(Pair(description)))
     except PairError as error:
         typer.echo(f"sippbx: {error}", err=True)
         code = EXIT_PORT_TAKEN if isinstance(error, PortTakenError) else EXIT_FAILED
@@ -121,6 +134,8 @@ and dial 1002 from 1001, or the other way round. `make demo` does it without pho
 
     SIP            UDP {pair.address} port {pair.sip_port}
     media          UDP {pair.address} ports {first}-{last}
+    HTTP API       {pair.http_url}/v1/calls with the key in {pair.folder}/api-key
+    gRPC API       {pair.grpc_target} with the same key; `sippbx calls`, `sippbx events` and others use it
     metrics        {pair.control_url}/metrics (signalling)
                    {pair.dataplane_url}/metrics (media)
     call records   {pair.folder}/cdr.jsonl, and the same in sippbx.sqlite

@@ -34,8 +34,18 @@ async def run_demo(data: Path, *, tell: Callable[[str], None] = print, talk_s: f
         return await _call(running, tell, talk_s)
     tell("no pair runs here: starting one of our own")
     with TemporaryDirectory(prefix="sippbx-demo-") as folder:
-        sip_port, metrics_port = _free_port(socket.SOCK_DGRAM), _free_port(socket.SOCK_STREAM)
-        pair = Pair(describe(LOCAL, sip_port, metrics_port, DEMO_RTP_RANGE, Path(folder)))
+        tcp_port = _free_ports(socket.SOCK_STREAM, 4)
+        pair = Pair(
+            describe(
+                LOCAL,
+                sip_port=_free_ports(socket.SOCK_DGRAM, 1),
+                metrics_port=tcp_port,
+                http_port=tcp_port + 2,
+                grpc_port=tcp_port + 3,
+                rtp_range=DEMO_RTP_RANGE,
+                folder=Path(folder),
+            )
+        )
         await pair.start()
         try:
             return await _call(pair.description, tell, talk_s)
@@ -43,11 +53,11 @@ async def run_demo(data: Path, *, tell: Callable[[str], None] = print, talk_s: f
             await pair.stop()
 
 
-def _free_port(kind: socket.SocketKind) -> int:
-    """A port that nobody has, below the ephemeral range, with the one above free, too."""
+def _free_ports(kind: socket.SocketKind, count: int) -> int:
+    """The first of so many consecutive ports that nobody has, below the ephemeral range."""
     for port in range(28_060, 32_000, 10):
         try:
-            for candidate in (port, port + 1):
+            for candidate in range(port, port + count):
                 with socket.socket(socket.AF_INET, kind) as probe:
                     probe.bind((LOCAL, candidate))
         except OSError:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import re
 import secrets
 import signal
 import socket
@@ -24,7 +25,8 @@ from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp
 USERS = ("1001", "1002")
 REALM = "sippbx"
 READY_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
+DRAIN_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 10.0
 PROBE_TIMEOUT_S = 2.0
 PROBE_INTERVAL_S = 0.1
 
@@ -55,15 +57,18 @@ def own_address() -> str:
 class PairDescription:
     """What others need to know of a pair: kept as pair.json in its folder while it runs.
 
-    `passwords` are by user; the data plane's metrics are on the port above `metrics_port`.
+    `passwords` are by user; the data plane's metrics are on the port above `metrics_port`; `api_key` opens both APIs.
     """
 
     address: str
     sip_port: int
     metrics_port: int
+    http_port: int
+    grpc_port: int
     rtp_range: tuple[int, int]
     folder: Path
     passwords: dict[str, str]
+    api_key: str
 
     @property
     def control_url(self) -> str:
@@ -74,6 +79,16 @@ class PairDescription:
     def dataplane_url(self) -> str:
         """Where the data plane's probes and metrics are."""
         return self._url(self.metrics_port + 1)
+
+    @property
+    def http_url(self) -> str:
+        """Where the HTTP API is."""
+        return self._url(self.http_port)
+
+    @property
+    def grpc_target(self) -> str:
+        """Where the gRPC API is, host:port."""
+        return f"{self._uri_host}:{self.grpc_port}"
 
     @property
     def sip_host(self) -> str:
@@ -97,7 +112,13 @@ class PairDescription:
             "media": {"target": f"unix://{self.folder}/media.sock", "addresses": [{"bind": self.address}]},
             "store": {"path": str(self.folder / "sippbx.sqlite")},
             "cdr": {"jsonl_path": str(self.folder / "cdr.jsonl")},
+            "api": {
+                "keys": [{"name": "local", "key": self.api_key}],
+                "http": {"bind": self.address, "port": self.http_port},
+                "grpc": {"bind": self.address, "port": self.grpc_port},
+            },
             "metrics": {"bind": self.address, "port": self.metrics_port},
+            "drain": {"timeout_s": DRAIN_TIMEOUT_S},
         }
 
     def dataplane_settings(self) -> dict[str, Any]:
@@ -162,10 +183,37 @@ def passwords_in(folder: Path) -> dict[str, str]:
     return {str(user): str(password) for user, password in kept.items()}
 
 
+def api_key_in(folder: Path) -> str:
+    """The key of the APIs: made at the first run and kept in api-key, so that programs need no change after it.
+
+    Raises:
+        PairError: when the folder cannot be used or the file does not fit.
+    """
+    path = folder / "api-key"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text().strip() if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise PairError(f"cannot use {path}: {error}; remove it or choose another folder with --data") from error
+    if kept is None:
+        kept = secrets.token_hex(24)
+        _write_private(path, f"{kept}\n")
+    if not re.fullmatch(r"[!-~]{16,}", kept):
+        raise PairError(f"{path} does not hold a key of 16 or more characters without spaces; remove it")
+    return kept
+
+
 def describe(
-    address: str, sip_port: int, metrics_port: int, rtp_range: tuple[int, int], folder: Path
+    address: str,
+    *,
+    sip_port: int,
+    metrics_port: int,
+    http_port: int,
+    grpc_port: int,
+    rtp_range: tuple[int, int],
+    folder: Path,
 ) -> PairDescription:
-    """A pair on these addresses, with its passwords.
+    """A pair on these addresses, with its passwords and its API key.
 
     Raises:
         PairError: when the folder cannot be used.
@@ -173,7 +221,17 @@ def describe(
     folder = folder.absolute()
     if len(str(folder / "media.sock").encode()) > _MAX_SOCKET_PATH_BYTES:
         raise PairError(f"{folder} is too long a path for a Unix socket in it; choose a shorter folder with --data")
-    return PairDescription(address, sip_port, metrics_port, rtp_range, folder, passwords_in(folder))
+    return PairDescription(
+        address=address,
+        sip_port=sip_port,
+        metrics_port=metrics_port,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        rtp_range=rtp_range,
+        folder=folder,
+        passwords=passwords_in(folder),
+        api_key=api_key_in(folder),
+    )
 
 
 def check_ports(pair: PairDescription) -> None:
@@ -187,16 +245,19 @@ def check_ports(pair: PairDescription) -> None:
     except SocketError as error:
         raise PortTakenError(f"{error}. Stop it, or choose another port: --sip-port") from error
     family = socket.AF_INET6 if ":" in pair.address else socket.AF_INET
-    for port in (pair.metrics_port, pair.metrics_port + 1):
+    for what, port, option in (
+        ("metrics", pair.metrics_port, "--metrics-port"),
+        ("metrics", pair.metrics_port + 1, "--metrics-port"),
+        ("the HTTP API", pair.http_port, "--http-port"),
+        ("the gRPC API", pair.grpc_port, "--grpc-port"),
+    ):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((pair.address, port))
             except OSError as error:
-                message = f"cannot serve metrics on {pair.address} TCP port {port}: {error.strerror}"
-                raise PortTakenError(
-                    f"{message}. Stop who has it (`ss -ltnp`), or choose others: --metrics-port"
-                ) from error
+                message = f"cannot serve {what} on {pair.address} TCP port {port}: {error.strerror}"
+                raise PortTakenError(f"{message}. Stop who has it (`ss -ltnp`), or choose another: {option}") from error
 
 
 class Plane:

@@ -22,6 +22,8 @@ import psutil
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from sippbx.pair import PairDescription
+
 _CLAIM_PORT = 25059
 
 
@@ -45,6 +47,7 @@ HOST = f"{NETWORK}.11"
 TRUNK_HOST = f"{NETWORK}.50"
 TRUNK_PORT = 25950
 USERS = {"1001": "secret-1001", "1002": "secret-1002", "1003": "secret-1003"}
+API_KEY = "test-key-0123456789abcdef"
 START_S = 20.0
 STOP_S = 15.0
 _NUMBERS = itertools.cycle(range(16))
@@ -67,6 +70,10 @@ class Pair:
         self.folder = folder
         self.sip = (HOST, 25060 + number)
         self.metrics_ports = {"control": 25000 + 2 * number, "dataplane": 25001 + 2 * number}
+        self.http_port, self.grpc_port = 25100 + 2 * number, 25101 + 2 * number
+        self.http_url = f"http://{HOST}:{self.http_port}"
+        self.grpc_target = f"{HOST}:{self.grpc_port}"
+        self.api_key = API_KEY
         self.rtp_range = (12000 + 120 * number, 12000 + 120 * number + 119)
         self.cdr_path = folder / "cdr.jsonl"
         self.store_path = folder / "sippbx.sqlite"
@@ -210,6 +217,20 @@ class Pair:
         if stubborn or left:
             raise PairError(f"not stopped within {STOP_S} s: {stubborn}; left behind: {left}\n{self.logs()}")
 
+    def description(self, passwords: Mapping[str, str] = USERS) -> PairDescription:
+        """What `sippbx` would know of this pair; `write` puts it where `--data` finds it."""
+        return PairDescription(
+            address=HOST,
+            sip_port=self.sip[1],
+            metrics_port=self.metrics_ports["control"],
+            http_port=self.http_port,
+            grpc_port=self.grpc_port,
+            rtp_range=self.rtp_range,
+            folder=self.folder,
+            passwords=dict(passwords),
+            api_key=self.api_key,
+        )
+
     def logs(self, lines: int = 60) -> str:
         """The last lines of both logs, for a failing test."""
         paths = [self.folder / f"{plane}.log" for plane in _PLANES]
@@ -248,7 +269,13 @@ class Pair:
             },
             "store": {"path": str(self.store_path)},
             "cdr": {"jsonl_path": str(self.cdr_path)},
+            "api": {
+                "keys": [{"name": "test", "key": self.api_key}],
+                "http": {"bind": HOST, "port": self.http_port},
+                "grpc": {"bind": HOST, "port": self.grpc_port},
+            },
             "metrics": {"bind": HOST, "port": self.metrics_ports["control"]},
+            "drain": {"timeout_s": 5},
         }
 
     def _dataplane_settings(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from sippbx.demo import run_demo
-from sippbx.pair import PairDescription
 from tests.harness.pair import HOST, USERS, Pair
 
 pytestmark = pytest.mark.integration
@@ -27,10 +26,7 @@ async def test_demo_starts_a_pair_of_its_own_and_shows_the_record(tmp_path: Path
 async def test_demo_uses_a_running_pair_and_fails_plainly_where_it_is_refused(pair: Pair) -> None:
     for passwords, expected in ((USERS, 0), (dict.fromkeys(USERS, "guess"), 1)):
         told: list[str] = []
-        description = PairDescription(
-            HOST, pair.sip[1], pair.metrics_ports["control"], pair.rtp_range, pair.folder, passwords
-        )
-        description.write()
+        pair.description(passwords).write()
         assert await run_demo(pair.folder, tell=told.append, talk_s=0.1) == expected
         assert told[0] == f"using the pair at {HOST}:{pair.sip[1]}"
         assert ("REGISTER was refused" in told[-1]) is bool(expected)
@@ -39,7 +35,7 @@ async def test_demo_uses_a_running_pair_and_fails_plainly_where_it_is_refused(pa
 async def test_demo_names_the_refusal_of_its_call(pair: Pair) -> None:
     told: list[str] = []
     passwords = {"1001": USERS["1001"], "1002": USERS["1002"]}
-    PairDescription(HOST, pair.sip[1], pair.metrics_ports["control"], pair.rtp_range, pair.folder, passwords).write()
+    pair.description(passwords).write()
     pair.kill("dataplane")
     assert await run_demo(pair.folder, tell=told.append, talk_s=0.1) == 1
     assert "INVITE was refused: 503" in told[-1]

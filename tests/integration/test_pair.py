@@ -9,7 +9,7 @@ import pytest
 
 from sippbx.demo import run_demo
 from sippbx.pair import Pair as LocalPair
-from sippbx.pair import PairDescription, describe
+from sippbx.pair import describe
 from sippbx.softphone.phone import Account, Phone
 from tests.harness.pair import HOST, USERS, Pair
 
@@ -19,7 +19,17 @@ PORTS_OF_THIS_FILE = 24300
 
 
 async def test_call_over_ipv6_is_heard_both_ways(tmp_path: Path) -> None:
-    pair = LocalPair(describe("::1", PORTS_OF_THIS_FILE, PORTS_OF_THIS_FILE + 1, (17800, 17879), tmp_path))
+    pair = LocalPair(
+        describe(
+            "::1",
+            sip_port=PORTS_OF_THIS_FILE,
+            metrics_port=PORTS_OF_THIS_FILE + 1,
+            http_port=PORTS_OF_THIS_FILE + 3,
+            grpc_port=PORTS_OF_THIS_FILE + 4,
+            rtp_range=(17800, 17879),
+            folder=tmp_path,
+        )
+    )
     await pair.start()
     told: list[str] = []
     try:
@@ -33,7 +43,7 @@ async def test_planes_that_meet_over_tcp_carry_a_call(tmp_path: Path) -> None:
     target = f"127.0.0.1:{PORTS_OF_THIS_FILE + 10}"
     control, dataplane = {"media": {"target": target}}, {"grpc": {"listen": target}}
     with Pair(tmp_path / "pair", control=control, dataplane=dataplane) as pair:
-        description_of(pair).write()
+        pair.description().write()
         told: list[str] = []
         assert await run_demo(pair.folder, tell=told.append, talk_s=0.1) == 0, told
 
@@ -58,13 +68,9 @@ async def test_data_plane_that_is_killed_is_back_and_takes_calls_again(pair: Pai
     await asyncio.to_thread(pair.wait, lambda: child.pid not in pair.pids("dataplane"), 5, "the old process is gone")
     pair.wait_until_ready("dataplane")
     pair.wait_until_ready("control")
-    description_of(pair).write()
+    pair.description().write()
     told: list[str] = []
     assert await run_demo(pair.folder, tell=told.append, talk_s=0.1) == 0, told
-
-
-def description_of(pair: Pair) -> PairDescription:
-    return PairDescription(HOST, pair.sip[1], pair.metrics_ports["control"], pair.rtp_range, pair.folder, USERS)
 
 
 def planes_of(pair: Pair, plane: str) -> tuple[psutil.Process, psutil.Process]:

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.integration
 
 DEADLINE_S = 20.0
-SIP_PORT, METRICS_PORT = 24160, 24190
+SIP_PORT, METRICS_PORT, HTTP_PORT, GRPC_PORT = 24160, 24190, 24192, 24193
 
 # Ready at once; notes when it was stopped. "python -m control" finds it first in the working folder.
 PLANE = """
@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
             (package / "__main__.py").write_text(program)
         command = [sys.executable, "-m", "sippbx", "run", "--address", "127.0.0.1", "--data", "data"]
         ports = ["--sip-port", str(SIP_PORT), "--metrics-port", str(METRICS_PORT)]
+        ports += ["--http-port", str(HTTP_PORT), "--grpc-port", str(GRPC_PORT)]
         with (tmp_path / "output").open("wb") as output:
             started.append(subprocess.Popen([*command, *ports], cwd=tmp_path, stdout=output, stderr=output))
         return started[-1]
@@ -102,6 +103,9 @@ def test_it_tells_what_to_dial_and_where_metrics_and_records_are(run: Run, tmp_p
         "password ",
         f":{METRICS_PORT}/metrics",
         f":{METRICS_PORT + 1}/metrics",
+        f"http://127.0.0.1:{HTTP_PORT}/v1/calls",
+        f"{tmp_path}/data/api-key",
+        f"127.0.0.1:{GRPC_PORT}",
     ):
         assert text in output
     assert f"{tmp_path}/data/cdr.jsonl" in output
@@ -117,11 +121,15 @@ def test_taken_sip_port_is_named_with_what_to_do(run: Run, tmp_path: Path) -> No
     assert "Traceback" not in output
 
 
-def test_taken_metrics_port_is_named_with_what_to_do(run: Run, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", METRICS_PORT + 1)):
+@pytest.mark.parametrize(
+    ("port", "option"),
+    [(METRICS_PORT + 1, "--metrics-port"), (HTTP_PORT, "--http-port"), (GRPC_PORT, "--grpc-port")],
+)
+def test_taken_tcp_port_is_named_with_what_to_do(run: Run, tmp_path: Path, port: int, option: str) -> None:
+    with socket.create_server(("127.0.0.1", port)):
         assert run().wait(DEADLINE_S) == 3
-    assert f"TCP port {METRICS_PORT + 1}" in output_of(tmp_path)
-    assert "--metrics-port" in output_of(tmp_path)
+    assert f"TCP port {port}" in output_of(tmp_path)
+    assert option in output_of(tmp_path)
 
 
 def test_plane_that_cannot_start_is_quoted_and_the_other_stopped(run: Run, tmp_path: Path) -> None:

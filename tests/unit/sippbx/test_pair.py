@@ -6,12 +6,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sippbx.pair import PairDescription, PairError, describe, own_address, passwords_in
+from control.settings.settings import load
+from sippbx.pair import STOP_TIMEOUT_S, PairDescription, PairError, api_key_in, describe, own_address, passwords_in
+
+
+def described(folder: Path, address: str = "127.0.0.1", sip_port: int = 24060) -> PairDescription:
+    return describe(
+        address,
+        sip_port=sip_port,
+        metrics_port=24090,
+        http_port=24092,
+        grpc_port=24093,
+        rtp_range=(24200, 24399),
+        folder=folder,
+    )
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> PairDescription:
-    return describe("127.0.0.1", 24060, 24090, (24200, 24399), tmp_path / "run")
+    return described(tmp_path / "run")
 
 
 def test_passwords_are_made_once_and_kept(tmp_path: Path) -> None:
@@ -43,7 +56,7 @@ def test_folder_without_a_running_pair_has_no_description(tmp_path: Path, conten
 
 def test_nobody_else_may_read_the_passwords(pair: PairDescription) -> None:
     pair.write()
-    for name in ("control.yaml", "dataplane.yaml", "pair.json", "passwords.json"):
+    for name in ("control.yaml", "dataplane.yaml", "pair.json", "passwords.json", "api-key"):
         assert stat.S_IMODE((pair.folder / name).stat().st_mode) == 0o600, name
 
 
@@ -57,19 +70,50 @@ def test_both_planes_are_given_the_same_media_socket(pair: PairDescription) -> N
 
 def test_folder_too_deep_for_a_unix_socket_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PairError, match="--data"):
-        describe("127.0.0.1", 5060, 9090, (10000, 20000), tmp_path / ("x" * 120))
+        described(tmp_path / ("x" * 120))
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PairError, match="--data"):
-        describe("127.0.0.1", 5060, 9090, (10000, 20000), tmp_path / "file")
+        described(tmp_path / "file")
 
 
 def test_sip_host_names_the_port_unless_it_is_the_usual_one(tmp_path: Path) -> None:
-    assert describe("192.0.2.7", 5060, 9090, (10000, 20000), tmp_path).sip_host == "192.0.2.7"
-    assert describe("192.0.2.7", 5070, 9090, (10000, 20000), tmp_path).sip_host == "192.0.2.7:5070"
-    assert describe("2001:db8::7", 5070, 9090, (10000, 20000), tmp_path).sip_host == "[2001:db8::7]:5070"
+    assert described(tmp_path, "192.0.2.7", 5060).sip_host == "192.0.2.7"
+    assert described(tmp_path, "192.0.2.7", 5070).sip_host == "192.0.2.7:5070"
+    assert described(tmp_path, "2001:db8::7", 5070).sip_host == "[2001:db8::7]:5070"
+
+
+def test_addresses_of_the_apis_are_those_of_the_configuration(tmp_path: Path) -> None:
+    pair = described(tmp_path, "2001:db8::7")
+    api = pair.control_settings()["api"]
+    assert api["http"] == {"bind": "2001:db8::7", "port": 24092}
+    assert api["grpc"] == {"bind": "2001:db8::7", "port": 24093}
+    assert pair.http_url == "http://[2001:db8::7]:24092"
+    assert pair.grpc_target == "[2001:db8::7]:24093"
+
+
+def test_control_plane_accepts_its_configuration(pair: PairDescription) -> None:
+    pair.write()
+    settings = load(pair.folder / "control.yaml", {})
+    assert settings.api.keys[0].key is not None
+    assert settings.api.keys[0].key.get_secret_value() == pair.api_key
+    assert settings.drain.timeout_s < STOP_TIMEOUT_S
+
+
+def test_api_key_is_made_once_and_kept(tmp_path: Path) -> None:
+    first = api_key_in(tmp_path / "run")
+    assert len(first) >= 32
+    assert api_key_in(tmp_path / "run") == first
+    assert api_key_in(tmp_path / "other") != first
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"has a space in the middle", b"\xff" * 20])
+def test_api_key_that_does_not_fit_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "api-key").write_bytes(content)
+    with pytest.raises(PairError, match="api-key"):
+        api_key_in(tmp_path)
 
 
 def test_own_address_is_one_of_this_machine() -> None:
