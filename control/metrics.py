@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from control.pbx.records import EVENT_TYPES, CallDirection, CallEvent, CallEventKind, CallRecord, Reason, Result
+from control.pbx.records import EVENT_TYPES, CallDirection, CallEvent, CallEventKind, CallRecord, Event, Reason, Result
 from control.sip.address import Transport
 from control.sip.stack import METHODS, OTHER_METHOD, DiscardReason, MessageLabel
 
@@ -138,8 +138,10 @@ class ControlMetrics:
             )
         )
 
-    def observe(self, event: CallEvent) -> None:
-        """Count one event of a call."""
+    def observe(self, event: Event) -> None:
+        """Count one event of a call; others are counted where they happen."""
+        if not isinstance(event, CallEvent):
+            return
         direction = event.direction.value
         match event.kind:
             case CallEventKind.STARTED:

@@ -2,13 +2,15 @@
 
 import structlog
 
-from control.pbx.records import CallEvent, CallEventKind
+from control.pbx.records import CallEvent, CallEventKind, Event
 
 _log = structlog.get_logger("control.calls")
 
 
-def log_call_event(event: CallEvent) -> None:
+def log_call_event(event: Event) -> None:
     """Log `call.started`, `call.forwarded` (DEBUG), `call.ringing`, `call.answered` or `call.ended`."""
+    if not isinstance(event, CallEvent):
+        return
     fields: dict[str, object] = {
         "call_id": event.call_id,
         "direction": event.direction.value,

@@ -105,7 +105,12 @@ class CdrFile:
 
 def cdr_line(record: CallRecord) -> bytes:
     """The record as one line of the file, newline included."""
-    document = {
+    return orjson.dumps(cdr_document(record), option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)
+
+
+def cdr_document(record: CallRecord) -> dict[str, object]:
+    """The record as a JSON object, with the keys that this module lists."""
+    return {
         "version": CDR_VERSION,
         "call_id": record.call_id,
         "direction": record.direction,
@@ -122,7 +127,6 @@ def cdr_line(record: CallRecord) -> bytes:
         "streams": record.streams,
         "media_complete": record.media_complete,
     }
-    return orjson.dumps(document, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE)
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -1,24 +1,15 @@
-"""Call detail records of record: written in groups by one task, read back for the API and for tests.
+"""Call detail records of record: how they are written, and read back for the APIs.
 
-`add` only queues. The writer commits whatever has gathered while the disk was busy with the commit before, so that the
-price of one `fsync` is shared by a burst. A disk that fails is tried again for as long as the process lives and the
-queue holds.
+They are written with their events, see control.store.events; each is there once, by its call_id.
 """
 
-import asyncio
-import contextlib
 import sqlite3
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import aiosqlite
 import orjson
-import structlog
 
-from control.metrics import ControlMetrics
 from control.pbx.records import (
     CallDirection,
     CallId,
@@ -30,162 +21,69 @@ from control.pbx.records import (
     StreamRecord,
     Termination,
 )
-from control.store.database import open_database
-
-MAX_PENDING = 100_000
-
-_MAX_BATCH = 256
-_RETRY_FIRST_S = 0.1
-_RETRY_MOST_S = 5.0
+from control.store.database import Database, Statement
 
 _COLUMNS = (
     "call_id", "direction", "caller", "callee", "invited_at", "ringing_at", "answered_at", "ended_at", "setup_s",
     "duration_s", "result", "reason", "sip_status", "ended_by", "detail", "media_complete", "legs", "streams",
 )  # fmt: skip
-_ROW = f"({', '.join('?' * len(_COLUMNS))})"
-_INSERT = f"INSERT INTO call_records ({', '.join(_COLUMNS)}) VALUES"
+_INSERT = (
+    f"INSERT INTO call_records ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
+    " ON CONFLICT (call_id) DO NOTHING"
+)
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM call_records"  # noqa: S608 - made of constants
-
-_log = structlog.get_logger(__name__)
 
 
 class RecordStore:
-    """Keeps call records, each exactly once by its call_id.
+    """Reads records; those that wait for their commit are found by their call_id, too."""
 
-    `committed` is called after each commit with the records that it made durable, in order.
-    """
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._uncommitted: dict[CallId, CallRecord] = {}
 
-    def __init__(
-        self,
-        connection: aiosqlite.Connection,
-        *,
-        metrics: ControlMetrics,
-        committed: Callable[[Sequence[CallRecord]], None],
-        max_pending: int,
-    ) -> None:
-        self._connection = connection
-        self._metrics = metrics
-        self._committed = committed
-        self._max_pending = max_pending
-        self._pending: deque[tuple[CallRecord, tuple[Any, ...]]] = deque()
-        self._wake = asyncio.Event()
-        self._closing = False
-        self._writer = asyncio.create_task(self._write(), name="record-store-writer")
+    def statement_for(self, record: CallRecord) -> Statement:
+        """Writes the record, unless there is one of its call.
 
-    @classmethod
-    async def open(
-        cls,
-        path: Path,
-        *,
-        metrics: ControlMetrics,
-        committed: Callable[[Sequence[CallRecord]], None],
-        max_pending: int = MAX_PENDING,
-    ) -> "RecordStore":
-        """Open the file, creating it and its folder when they are not there.
-
-        Raises: StoreError.
+        Raises:
+            UnicodeEncodeError: its text has lone surrogates.
         """
-        connection = await open_database(path)
-        return cls(connection, metrics=metrics, committed=committed, max_pending=max_pending)
+        return _INSERT, _to_row(record)
 
-    @property
-    def pending(self) -> int:
-        """Records that are not on the disk yet."""
-        return len(self._pending)
+    def queued(self, record: CallRecord) -> None:
+        """Notes a record that is on its way to the disk."""
+        self._uncommitted[record.call_id] = record
 
-    def add(self, record: CallRecord) -> None:
-        """Queue a record. When the queue is full, because the disk has failed for long, it goes to the log instead.
-
-        Raises: ValueError, TypeError when its text is not Unicode (lone surrogates).
-        """
-        row = _to_row(record)
-        if len(self._pending) >= self._max_pending or self._writer.done():
-            self._give_up(record)
-            return
-        self._pending.append((record, row))
-        self._wake.set()
+    def settled(self, record: CallRecord) -> None:
+        """Notes that it is there, or was given up."""
+        self._uncommitted.pop(record.call_id, None)
 
     async def get(self, call_id: CallId) -> CallRecord | None:
-        """Read one record back.
+        """The record of a call that has ended.
 
-        Raises: sqlite3.Error.
+        Raises:
+            StoreError: the store cannot be read.
         """
-        rows = await self._connection.execute_fetchall(f"{_SELECT} WHERE call_id = ?", (call_id,))
-        return next((_from_row(row) for row in rows), None)
+        if call_id in self._uncommitted:
+            return self._uncommitted[call_id]
+
+        def query(connection: sqlite3.Connection) -> list[Any]:
+            return connection.execute(f"{_SELECT} WHERE call_id = ?", (call_id,)).fetchall()
+
+        return next((_from_row(row) for row in await self._database.read(query)), None)
 
     async def newest(self, limit: int = 100, before: CallId | None = None) -> list[CallRecord]:
-        """Read the records committed last, newest first; `before` continues behind the last one of a page.
+        """The records committed last, newest first; `before` continues behind the last one of a page.
 
-        Raises: sqlite3.Error.
+        Raises:
+            StoreError: the store cannot be read.
         """
-        where = ""
-        arguments: tuple[object, ...] = (limit,)
-        if before is not None:
-            where, arguments = " WHERE id < (SELECT id FROM call_records WHERE call_id = ?)", (before, limit)
-        rows = await self._connection.execute_fetchall(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments)
-        return [_from_row(row) for row in rows]
+        where = "" if before is None else " WHERE id < (SELECT id FROM call_records WHERE call_id = ?)"
+        arguments = (limit,) if before is None else (before, limit)
 
-    async def close(self, timeout_s: float = 10.0) -> None:
-        """Commit what is queued, for at most `timeout_s`, and close the file; what is left goes to the log."""
-        self._closing = True
-        self._wake.set()
-        done, _ = await asyncio.wait({self._writer}, timeout=timeout_s)
-        if not done:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
-        while self._pending:
-            self._give_up(self._pending.popleft()[0])
-        try:
-            await asyncio.wait_for(self._connection.close(), timeout_s)
-        except (TimeoutError, sqlite3.Error) as error:
-            _log.error("store.close_failed", error=str(error))
+        def query(connection: sqlite3.Connection) -> list[Any]:
+            return connection.execute(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments).fetchall()
 
-    async def _write(self) -> None:
-        retry_s = _RETRY_FIRST_S
-        while True:
-            if not self._pending:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            batch = [self._pending[index] for index in range(min(len(self._pending), _MAX_BATCH))]
-            try:
-                inserted = await self._insert([row for _, row in batch])
-            except sqlite3.Error as error:
-                self._metrics.error("store", "write_failed")
-                _log.error("store.write_failed", error=str(error), pending=len(self._pending), retry_s=retry_s)
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, _RETRY_MOST_S)
-                continue
-            except Exception:  # noqa: BLE001 - the boundary
-                # The boundary of the writer's task: records must not wait for ever behind one that trips over a bug.
-                self._metrics.error("store", "internal")
-                _log.exception("store.batch_failed")
-                for _ in batch:
-                    self._give_up(self._pending.popleft()[0])
-                continue
-            retry_s = _RETRY_FIRST_S
-            for _ in batch:
-                self._pending.popleft()
-            written = []
-            for record, _ in batch:
-                if record.call_id in inserted:
-                    inserted.remove(record.call_id)
-                    written.append(record)
-            self._metrics.cdrs_written("sqlite", len(written))
-            self._committed(written)
-
-    async def _insert(self, rows: list[tuple[Any, ...]]) -> set[str]:
-        """Insert in one transaction; return the call_ids that were new."""
-        statement = f"{_INSERT} {', '.join([_ROW] * len(rows))} ON CONFLICT (call_id) DO NOTHING RETURNING call_id"
-        inserted = await self._connection.execute_fetchall(statement, [value for row in rows for value in row])
-        return {row[0] for row in inserted}
-
-    def _give_up(self, record: CallRecord) -> None:
-        self._metrics.cdr_failed("sqlite")
-        _log.error("store.record_unsaved", call_id=record.call_id, record=orjson.dumps(record).decode())
+        return [_from_row(row) for row in await self._database.read(query)]
 
 
 def _to_row(record: CallRecord) -> tuple[Any, ...]:
