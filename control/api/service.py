@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import structlog
@@ -20,9 +20,7 @@ from control.api.paging import Page, page_limit, page_of, read_token, write_toke
 from control.pbx.records import CallId, CallRecord, CallView, Reason, RegistrationView
 from control.pbx.routing import Refusal
 from control.store.database import StoreError
-
-if TYPE_CHECKING:
-    from control.store.events import StoredEvent
+from control.store.events import StoredEvent
 
 __all__ = [
     "ApiBindError",
@@ -105,7 +103,7 @@ class EventPort(Protocol):
     def last_sequence(self) -> int:
         """Of the newest event that is on the disk; 0 when there is none."""
 
-    async def read_after(self, sequence: int, limit: int = ...) -> "Sequence[StoredEvent]":
+    async def read_after(self, sequence: int, limit: int = ...) -> Sequence[StoredEvent]:
         """The events behind `sequence`, at most `limit`."""
 
     async def wait_beyond(self, sequence: int) -> None:
@@ -163,7 +161,7 @@ class ControlService:
             raise ApiError(
                 ApiErrorKind.ALREADY_EXISTS,
                 "call-id-in-use",
-                f"call {call_id} is one from {known.caller} to {known.callee}; choose another id for another call",
+                f"call {call_id} is one from {_shown(known.caller)} to {_shown(known.callee)}; choose another id",
             )
         return known, "repeated"
 
@@ -183,6 +181,10 @@ class ControlService:
         """
         calls = (((_sortable(call.invited_at), call.call_id), call) for call in self._calls.calls())
         return page_of(_CALLS, calls, page_size, page_token)
+
+    def running_calls(self) -> list[CallView]:
+        """All calls that have not ended, the oldest first."""
+        return self._calls.calls()
 
     async def hang_up(self, call_id: str, *, client: str) -> CallView:
         """End a call, whatever it is doing; one that has ended stays as it is.
@@ -270,6 +272,11 @@ def _check_party(name: str, party: str) -> None:
             f"bad-{name}",
             f"{name} must be 1 to {MAX_PARTY_CHARACTERS} printable characters without spaces",
         )
+
+
+def _shown(party: str) -> str:
+    """Parties of calls from elsewhere are of any length and octets."""
+    return party[:MAX_PARTY_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _error_of(refused: Refusal) -> ApiError:

@@ -1,0 +1,179 @@
+"""The border of the gRPC API: every request passes it on its way in, and every error on its way out.
+
+Who has no API key gets no further, save to the health service. A request has a deadline, whatever its client wants, and
+no more than a bounded number are worked on at once. Errors carry a google.rpc.ErrorInfo with the reason, and a
+google.rpc.RetryInfo where it is known when another try makes sense.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
+from grpc_status import rpc_status
+
+from control.api.auth import ApiKeys
+from control.api.errors import ApiError, ApiErrorKind
+from control.metrics import ControlMetrics
+
+DOMAIN = "sippbx"
+OTHER = "other"
+REQUEST_TIMEOUT_S = 10.0
+MAX_REQUESTS = 256
+MAX_HEALTH_WATCHERS = 100
+
+_ABORT_TIMEOUT_S = 1.0
+_ERROR_ID_BYTES = 8
+_STATUS_CODES = {kind: grpc.StatusCode[kind.name] for kind in ApiErrorKind}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any]
+Work = Callable[[], Awaitable[Any]]
+
+client_name: ContextVar[str] = ContextVar("client_name")
+"""The name of the API key of the request that is worked on."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Border(grpc.aio.ServerInterceptor):
+    """Wraps the handlers of all methods, which raise `ApiError` and know nothing of keys, limits, codes and metrics."""
+
+    def __init__(self, keys: ApiKeys, metrics: ControlMetrics, *, request_timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        self._keys = keys
+        self._metrics = metrics
+        self._request_timeout_s = request_timeout_s
+        self._requests = 0
+        self._health_watchers = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Give the handler that checks first and answers for errors."""
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.lstrip("/").rpartition("/")
+        if service == HEALTH and handler is not None:
+            return self._health(handler)
+        label = method if handler is not None else OTHER
+        try:
+            client = self._keys.client_of(_authorization(handler_call_details))
+        except ApiError as error:
+            return self._refusal(label, error)
+        if handler is None:
+            self._metrics.grpc_request(OTHER, grpc.StatusCode.UNIMPLEMENTED.name, 0.0)
+            return None
+        return self._guarded(handler, label, client)
+
+    def _health(self, handler: Handler) -> Handler:
+        """Free for all, and so bounded where it holds something."""
+        if handler.unary_stream is None:
+            return handler
+        watch: Any = handler.unary_stream
+
+        async def serve(request: Any, context: Context) -> None:
+            if self._health_watchers >= MAX_HEALTH_WATCHERS:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many clients watch the health")
+            self._health_watchers += 1
+            try:
+                await watch(request, context)
+            finally:
+                self._health_watchers -= 1
+
+        return grpc.unary_stream_rpc_method_handler(
+            serve,
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _refusal(self, label: str, error: ApiError) -> Handler:
+        async def refuse(_requests: Any, context: Context) -> None:
+            self._metrics.grpc_request(label, _STATUS_CODES[error.kind].name, 0.0)
+            await _abort(context, _STATUS_CODES[error.kind], error)
+
+        # As if a stream of requests came, whatever comes: then nothing is waited for, nor read.
+        return grpc.stream_unary_rpc_method_handler(refuse)
+
+    def _guarded(self, handler: Handler, label: str, client: str) -> Handler:
+        serializers = handler.request_deserializer, handler.response_serializer
+        if handler.unary_stream is not None:
+            stream: Any = handler.unary_stream
+
+            async def serve_stream(request: Any, context: Context) -> None:
+                client_name.set(client)
+                await self._answer(label, context, lambda: stream(request, context))
+
+            return grpc.unary_stream_rpc_method_handler(serve_stream, *serializers)
+        unary: Any = handler.unary_unary
+
+        async def serve(request: Any, context: Context) -> Any:
+            client_name.set(client)
+            return await self._answer(label, context, lambda: self._in_time(lambda: unary(request, context)))
+
+        return grpc.unary_unary_rpc_method_handler(serve, *serializers)
+
+    async def _in_time(self, work: Work) -> Any:
+        if self._requests >= MAX_REQUESTS:
+            detail = f"{MAX_REQUESTS} requests are worked on already"
+            raise ApiError(ApiErrorKind.RESOURCE_EXHAUSTED, "too-many-requests", detail, retry_after_s=1)
+        self._requests += 1
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                return await work()
+        finally:
+            self._requests -= 1
+
+    async def _answer(self, label: str, context: Context, work: Work) -> Any:
+        begun = time.monotonic()
+        code = grpc.StatusCode.OK
+        try:
+            return await work()
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except ApiError as error:
+            code = _STATUS_CODES[error.kind]
+            await _abort(context, code, error)
+        except TimeoutError:
+            code = grpc.StatusCode.DEADLINE_EXCEEDED
+            detail = f"there was no result within {self._request_timeout_s:g} s; repeat it to learn what became of it"
+            await _abort(context, code, ApiError(ApiErrorKind.UNAVAILABLE, "timeout", detail))
+        except Exception:  # noqa: BLE001 - the boundary
+            # The boundary between a request and the rest of the process.
+            code = grpc.StatusCode.INTERNAL
+            error_id = secrets.token_hex(_ERROR_ID_BYTES)
+            self._metrics.error("api", "internal")
+            _log.exception("api.request_failed", error_id=error_id, method=label)
+            detail = f"the node failed on this request; its log says more about error {error_id}"
+            await _abort(context, code, ApiError(ApiErrorKind.INTERNAL, "internal-error", detail))
+        finally:
+            self._metrics.grpc_request(label, code.name, time.monotonic() - begun)
+
+
+def _authorization(details: grpc.HandlerCallDetails) -> str | None:
+    for key, value in details.invocation_metadata or ():
+        if key == "authorization":
+            return value if isinstance(value, str) else None
+    return None
+
+
+async def _abort(context: Context, code: grpc.StatusCode, error: ApiError) -> None:
+    """End the RPC with the error; a client that does not even read that is left behind."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if error.retry_after_s is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=error.retry_after_s)))
+    status = status_pb2.Status(code=code.value[0], message=error.detail)
+    for detail in details:
+        status.details.add().Pack(detail)
+    async with asyncio.timeout(_ABORT_TIMEOUT_S):
+        await context.abort_with_status(rpc_status.to_status(status))
