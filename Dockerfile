@@ -24,7 +24,8 @@ COPY control control
 COPY dataplane dataplane
 COPY sippbx sippbx
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
- && /opt/build/bin/pip --python /opt/sippbx/bin/python install --no-deps --no-index dist/*.whl
+ && /opt/build/bin/pip --python /opt/sippbx/bin/python install --no-deps --no-index dist/*.whl \
+ && /opt/sippbx/bin/python -P -c "import control.app, dataplane.app, sippbx.cli"
 
 # -------------------------------------------------------------------------------------------------------------- runtime
 
