@@ -5,6 +5,7 @@ network but its loopback, and the build has none at all. What takes long to get,
 this Debian and the wheels of the locks, is kept in ~/.cache/sippbx-e2e by what it was made of.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +35,7 @@ BASE_IMAGE = "localhost/sip-pbx-base:e2e"
 TAG = "e2e"
 BUILD_S = 300.0
 COMMAND_S = 60.0
+KEEP_UNUSED_S = 7 * 86_400.0
 _CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 
 _STORAGE = """\
@@ -130,7 +133,8 @@ class Podman:
         """Remove containers, images, mounts and files."""
         for leftovers in (["pod", "rm", "--all"], ["rm", "--all"]):
             command = ["podman", *leftovers, "--force", "--time", "0"]
-            subprocess.run(command, env=self.environment, capture_output=True, check=False, timeout=COMMAND_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the rest is to be removed all the same
+                subprocess.run(command, env=self.environment, capture_output=True, check=False, timeout=COMMAND_S)
         mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for path in sorted((path for path in mounted if path.startswith(f"{self._folder}/")), reverse=True):
             subprocess.run(["umount", "--lazy", path], capture_output=True, check=False, timeout=COMMAND_S)
@@ -284,16 +288,22 @@ def _suite() -> str:
 
 
 def _cached(kind: str, content: tuple[str, ...], make: Callable[[Path], None]) -> Path:
-    """What `make` made of this content, now or in an earlier run; what was made of other content is removed."""
+    """What `make` made of this content, now or in an earlier run; what was not used for long is removed."""
     CACHE.mkdir(parents=True, exist_ok=True)
     made = CACHE / f"{kind}-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
     if not made.exists():
         with tempfile.TemporaryDirectory(prefix="new-", dir=CACHE) as folder:
             fresh = Path(folder, kind)
             make(fresh)
-            for old in CACHE.glob(f"{kind}-*"):
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-            fresh.rename(made)
+            try:
+                fresh.rename(made)
+            except OSError:
+                if not made.exists():  # unless another run was faster
+                    raise
+    os.utime(made)
+    for old in CACHE.glob(f"{kind}-*"):
+        if old.stat().st_mtime < time.time() - KEEP_UNUSED_S:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     return made
 
 
