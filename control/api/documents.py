@@ -7,8 +7,8 @@ import orjson
 
 from control.api.paging import Page
 from control.api.service import NodeView
-from control.events.cdr import cdr_line
-from control.pbx.records import CallRecord, CallView, RegistrationView
+from control.events.cdr import cdr_document
+from control.pbx.records import CallView, RegistrationView
 
 T = TypeVar("T")
 
@@ -24,13 +24,8 @@ def call_document(call: CallView) -> dict[str, object]:
         "invited_at": call.invited_at,
         "ringing_at": call.ringing_at,
         "answered_at": call.answered_at,
-        "record": None if call.record is None else record_document(call.record),
+        "record": None if call.record is None else cdr_document(call.record),
     }
-
-
-def record_document(record: CallRecord) -> orjson.Fragment:
-    """The call detail record (control.events.cdr)."""
-    return orjson.Fragment(cdr_line(record))
 
 
 def registration_document(registration: RegistrationView) -> dict[str, object]:

@@ -28,7 +28,6 @@ from control.api.documents import (
     dump,
     node_document,
     page_document,
-    record_document,
     registration_document,
 )
 from control.api.errors import ApiBindError, ApiError, ApiErrorKind
@@ -36,6 +35,7 @@ from control.api.http_connection import Connection, Refusal, tls_context
 from control.api.problem import ERROR_PREFIX, Problem, of_api_error, of_http_exception
 from control.api.requests import JSON, PAGE_KEYS, Nothing, OriginateBody, body_of, page_of, query_of
 from control.api.service import ControlService
+from control.events.cdr import cdr_document
 from control.metrics import ControlMetrics
 from control.settings.sections import ApiSettings
 
@@ -238,7 +238,7 @@ class HttpApi:
 
     async def _list_records(self, request: web.Request) -> web.Response:
         page = await self._service.list_records(*page_of(query_of(request, *PAGE_KEYS)))
-        return _json(page_document("cdrs", page, record_document))
+        return _json(page_document("cdrs", page, cdr_document))
 
     async def _get_node(self, request: web.Request) -> web.Response:
         query_of(request)

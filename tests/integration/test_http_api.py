@@ -6,11 +6,11 @@ import json
 import logging
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
 import pytest
@@ -22,21 +22,16 @@ from control.api import http_api
 from control.api.auth import ApiKeys
 from control.api.errors import ApiBindError
 from control.api.http_api import HttpApi
-from control.api.service import ControlService, EventPort, NodeView
+from control.api.service import ControlService, NodeView
 from control.events.cdr import cdr_line
 from control.metrics import ControlMetrics
 from control.pbx.records import (
-    CallDirection,
-    CallId,
-    CallRecord,
-    CallState,
-    CallView,
     Reason,
-    RegistrationView,
 )
 from control.pbx.routing import Refusal
 from control.settings.sections import ApiSettings
 from control.store.database import StoreError
+from tests.harness.node import Calls, Events, Records, phone, running_call
 from tests.harness.records import INVITED_AT, call_record
 
 pytestmark = pytest.mark.integration
@@ -44,60 +39,6 @@ pytestmark = pytest.mark.integration
 ADDRESS = "127.0.0.53"
 KEY = "a-key-of-sixteen-characters-or-more"
 PARTIES = {"caller": "1001", "callee": "1002"}
-
-
-@dataclass
-class Calls:
-    """The calls and phones of a node without SIP."""
-
-    running: dict[str, CallView] = field(default_factory=dict)
-    phones: list[RegistrationView] = field(default_factory=list)
-    refusal: Refusal | None = None
-    hung_up: list[str] = field(default_factory=list)
-
-    def calls(self) -> list[CallView]:
-        return list(self.running.values())
-
-    def call(self, call_id: CallId) -> CallView | None:
-        return self.running.get(call_id)
-
-    def originate(self, call_id: CallId, caller: str, callee: str) -> CallView | Refusal:
-        if self.refusal is not None:
-            return self.refusal
-        self.running[call_id] = running_call(call_id, caller=caller, callee=callee, state=CallState.CALLING)
-        return self.running[call_id]
-
-    def hang_up(self, call_id: CallId, detail: str) -> CallView | None:
-        if call_id not in self.running:
-            return None
-        self.hung_up.append(call_id)
-        self.running[call_id] = replace(self.running[call_id], state=CallState.RELEASING)
-        return self.running[call_id]
-
-    def registrations(self) -> list[RegistrationView]:
-        return self.phones
-
-
-@dataclass
-class Records:
-    """Records as the store gives them; it can be slow or broken."""
-
-    kept: list[CallRecord] = field(default_factory=list)
-    read: Callable[[], Any] | None = None
-
-    async def get(self, call_id: CallId) -> CallRecord | None:
-        await self._reading()
-        return next((record for record in self.kept if record.call_id == call_id), None)
-
-    async def newest(self, limit: int = 100, before: CallId | None = None) -> list[CallRecord]:
-        await self._reading()
-        ids = [record.call_id for record in self.kept]
-        first = 0 if before is None else ids.index(before) + 1
-        return self.kept[first : first + limit]
-
-    async def _reading(self) -> None:
-        if self.read is not None:
-            await self.read()
 
 
 @dataclass
@@ -129,7 +70,7 @@ class Node:
         service = ControlService(
             calls=self.calls,
             records=self.records,
-            events=cast("EventPort", None),
+            events=Events(),
             node=self._view,
             drain=self._drain,
         )
@@ -201,18 +142,6 @@ async def started(**http: Any) -> AsyncIterator[Node]:
 async def node() -> AsyncIterator[Node]:
     async with started() as node:
         yield node
-
-
-def running_call(call_id: str = "call-1", **changes: Any) -> CallView:
-    view = CallView(
-        CallId(call_id), CallState.ESTABLISHED, CallDirection.INTERNAL, "1001", "1002", INVITED_AT, INVITED_AT
-    )
-    return replace(view, **changes)
-
-
-def phone(user: str = "1001", **changes: Any) -> RegistrationView:
-    expires_at = INVITED_AT + timedelta(minutes=5)
-    return replace(RegistrationView(user, f"sip:{user}@127.0.0.2", "127.0.0.2:5060", "phone/1", expires_at), **changes)
 
 
 def assert_problem(answer: Answer, status: int, reason: str) -> Any:
