@@ -287,7 +287,8 @@ class _Endpoint:
         now = datetime.now(UTC)
         attempts = delivery.attempts + (seconds is not None)
         self._metrics.webhook_delivery(self._name, "dead", seconds or 0.0)
-        detail = f"{self._name} did not take {event.id} in {attempts} attempts since {delivery.queued_at}: {failure}"
+        since = delivery.queued_at.isoformat()
+        detail = f"{self._name} did not take {event.id} in {attempts} attempts since {since}: {failure}"
         _log.error("webhook.delivery_given_up", endpoint=self._name, event_id=event.id, type=event.type, detail=detail)
         await self._deliveries.give_up(delivery, now, failure, attempted=seconds is not None)
         if event.type != NODE_ERROR:

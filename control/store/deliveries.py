@@ -48,7 +48,10 @@ _DUE = (
 _NEXT = (
     "SELECT min(next_attempt_at) FROM webhook_deliveries WHERE endpoint = ? AND dead_at IS NULL AND next_attempt_at > ?"
 )
-_BACKLOG = "SELECT count(*), min(sequence) FROM webhook_deliveries WHERE endpoint = ? AND dead_at IS NULL"
+_BACKLOG = (
+    "SELECT count(*), min(sequence) FROM webhook_deliveries INDEXED BY webhook_deliveries_due"
+    " WHERE endpoint = ? AND dead_at IS NULL"
+)
 _QUEUED_AT = "SELECT queued_at FROM webhook_deliveries WHERE endpoint = ? AND sequence = ?"
 _OLDEST_DEAD = "SELECT min(dead_at) FROM webhook_deliveries WHERE endpoint = ? AND dead_at IS NOT NULL"
 _BY_ENDPOINT = "SELECT endpoint, count(*) FROM webhook_deliveries GROUP BY endpoint"

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import re
 import socket
 import sqlite3
+import ssl
 import threading
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+import trustme
 from aiohttp import web
 from pydantic import SecretStr
 from standardwebhooks import Webhook
@@ -56,6 +59,7 @@ class Receiver:
 
     answers: list[int | Handler] = field(default_factory=list)
     port: int = field(default_factory=lambda: next(ports))
+    tls: ssl.SSLContext | None = None
     headers: list[dict[str, str]] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
@@ -67,14 +71,15 @@ class Receiver:
         return [headers["webhook-id"] for headers in self.headers]
 
     def settings(self, name: str = "crm", host: str = HOST, **changes: Any) -> WebhookSettings:
-        return WebhookSettings(name=name, url=f"http://{host}:{self.port}/hook", secret=SecretStr(SECRET), **changes)
+        url = f"{'https' if self.tls else 'http'}://{host}:{self.port}/hook"
+        return WebhookSettings(name=name, url=url, secret=SecretStr(SECRET), **changes)
 
     async def __aenter__(self) -> "Receiver":
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, HOST, self.port).start()
+        await web.TCPSite(self._runner, HOST, self.port, ssl_context=self.tls).start()
         return self
 
     async def __aexit__(
@@ -471,6 +476,17 @@ async def test_a_receiver_that_speaks_no_http_is_a_failure_like_any_other(path: 
         assert "\n" not in row["last_failure"]
 
 
+async def test_nothing_is_told_to_a_receiver_whose_certificate_nobody_vouches_for(path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert(HOST).configure_cert(context)
+    receiver = Receiver(tls=context)
+    async with receiver, node_on(path, receiver.settings(), back_off=BackOff(600, 600)) as node:
+        await node.happen()
+        [row] = await node.until_rows(lambda rows: rows[0]["attempts"] == 1)
+        assert "certificate verify failed" in row["last_failure"]
+        assert receiver.ids == []
+
+
 async def test_an_endpoint_that_keeps_failing_gets_a_pause(path: Path) -> None:
     async with Receiver([500] * 100) as receiver, node_on(path, receiver.settings(concurrency=1)) as node:
         for number in range(30):
@@ -597,3 +613,27 @@ async def test_an_event_that_trips_over_a_bug_is_put_off_and_keeps_no_other(
         await node.until_rows(lambda rows: not rows)
         assert sorted(receiver.ids) == ["evt_bad", "evt_good"]
         assert (node.errors("internal"), node.counted("retry")) == (1, 1)
+
+
+async def test_the_receiver_of_the_documentation_takes_what_is_genuine_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "webhooks.md").read_text()
+    names: dict[str, Any] = {"__name__": "receiver"}
+    monkeypatch.setenv("WEBHOOK_SECRET", SECRET)
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
+    port = next(ports)
+    url = f"http://{HOST}:{port}/hooks/calls"
+    genuine = WebhookSettings(name="genuine", url=url, secret=SecretStr(SECRET))
+    forged = WebhookSettings(name="forged", url=url, secret=SecretStr("whsec_" + b64encode(b"x" * 32).decode()))
+    runner = web.AppRunner(names["app"])
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, HOST, port).start()
+        async with node_on(path, genuine, forged, back_off=BackOff(600, 600)) as node:
+            await node.happen("evt_1")
+            [row] = await node.until_rows(lambda rows: [row["attempts"] for row in rows] == [1])
+        assert (row["endpoint"], row["last_failure"]) == ("forged", "answered 401")
+        assert list(names["seen"]) == ["evt_1"]
+    finally:
+        await runner.cleanup()

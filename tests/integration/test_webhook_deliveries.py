@@ -191,6 +191,8 @@ async def test_reading_what_is_due_costs_what_it_gives_however_much_waits(
         statements = {
             deliveries_module._DUE: ("all", "", 1),
             deliveries_module._NEXT: ("all", ""),
+            deliveries_module._BACKLOG: ("all",),
+            deliveries_module._OLDEST_DEAD: ("all",),
         }
         return [
             row[3]
@@ -198,7 +200,9 @@ async def test_reading_what_is_due_costs_what_it_gives_however_much_waits(
             for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)
         ]
 
-    for step in (steps := await database.read(plans)):
-        assert step.startswith("SEARCH"), steps
-    assert "webhook_deliveries_due" in steps[0]
-    assert "webhook_deliveries_due" in steps[2]
+    steps = await database.read(plans)
+    assert all(step.startswith("SEARCH") for step in steps)
+    by_time, event, next_time, backlog, dead = steps
+    assert all("INDEX webhook_deliveries_due" in step for step in (by_time, next_time, backlog)), steps
+    assert "PRIMARY KEY" in event
+    assert "COVERING INDEX webhook_deliveries_dead" in dead
