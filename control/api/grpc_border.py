@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -25,6 +25,12 @@ from control.api.auth import ApiKeys
 from control.api.errors import ApiError, ApiErrorKind
 from control.metrics import ControlMetrics
 
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+else:
+    # Generic for type checkers alone.
+    Handler = grpc.RpcMethodHandler
+
 DOMAIN = "sippbx"
 OTHER = "other"
 REQUEST_TIMEOUT_S = 10.0
@@ -36,7 +42,6 @@ _ERROR_ID_BYTES = 8
 _STATUS_CODES = {kind: grpc.StatusCode[kind.name] for kind in ApiErrorKind}
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any]
 Work = Callable[[], Awaitable[Any]]
 
 client_name: ContextVar[str] = ContextVar("client_name")
@@ -172,7 +177,9 @@ async def _abort(context: Context, code: grpc.StatusCode, error: ApiError) -> No
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=error.retry_after_s)))
-    status = status_pb2.Status(code=code.value[0], message=error.detail)
+    # It may quote what came from the wire (PEP 383).
+    message = error.detail.encode("utf-8", "replace").decode()
+    status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
     async with asyncio.timeout(_ABORT_TIMEOUT_S):

@@ -158,11 +158,10 @@ class ControlService:
                     raise _error_of(started)
                 return started, "started"
         if (known.caller, known.callee) != (caller, callee):
-            raise ApiError(
-                ApiErrorKind.ALREADY_EXISTS,
-                "call-id-in-use",
-                f"call {call_id} is one from {_shown(known.caller)} to {_shown(known.callee)}; choose another id",
-            )
+            # Those of a call from elsewhere may be of any length.
+            parties = f"{known.caller[:MAX_PARTY_CHARACTERS]} to {known.callee[:MAX_PARTY_CHARACTERS]}"
+            detail = f"call {call_id} is one from {parties}; choose another id for another call"
+            raise ApiError(ApiErrorKind.ALREADY_EXISTS, "call-id-in-use", detail)
         return known, "repeated"
 
     async def get_call(self, call_id: str) -> CallView:
@@ -272,11 +271,6 @@ def _check_party(name: str, party: str) -> None:
             f"bad-{name}",
             f"{name} must be 1 to {MAX_PARTY_CHARACTERS} printable characters without spaces",
         )
-
-
-def _shown(party: str) -> str:
-    """Parties of calls from elsewhere are of any length and octets."""
-    return party[:MAX_PARTY_CHARACTERS].encode("utf-8", "replace").decode()
 
 
 def _error_of(refused: Refusal) -> ApiError:
