@@ -29,6 +29,8 @@ BUSY_TIMEOUT_MS: Final = 5_000
 MAX_PENDING: Final = 100_000
 
 _MAX_GROUP: Final = 256
+# How many instructions of SQLite's machine a query runs between two looks at the clock.
+_INSTRUCTIONS: Final = 10_000
 _RETRY_FIRST_S: Final = 0.1
 _RETRY_MOST_S: Final = 5.0
 # Errors of a statement, which no other try would mend; all others are of the disk, or of somebody who holds the file.
@@ -148,16 +150,17 @@ class Database:
         await done
 
     async def read(self, query: Callable[[sqlite3.Connection], T], timeout_s: float = 5.0) -> T:
-        """What `query` finds; it runs in the reader's thread and sees what is committed.
+        """What `query` finds; it runs in the reader's thread, on one snapshot of what is committed.
 
         Raises:
             StoreError: it failed, or took too long.
         """
         loop = asyncio.get_running_loop()
+        deadline = time.monotonic() + timeout_s
         try:
-            return await asyncio.wait_for(loop.run_in_executor(self._reading, query, self._reader), timeout_s)
+            answer = loop.run_in_executor(self._reading, _on_snapshot, self._reader, query, deadline)
+            return await asyncio.wait_for(answer, timeout_s)
         except TimeoutError:
-            self._reader.interrupt()
             raise StoreError(f"the store did not answer within {timeout_s:g} s") from None
         except (sqlite3.Error, RuntimeError) as error:
             raise StoreError(f"the store cannot be read: {error}") from error
@@ -202,6 +205,13 @@ class Database:
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _RETRY_MOST_S)
                 continue
+            except Exception:  # noqa: BLE001 - the boundary
+                # The boundary of the writer's task: nobody must wait for ever behind a group that trips over a bug.
+                self._metrics.error("store", "internal")
+                _log.exception("store.group_failed", writes=len(group))
+                for _ in group:
+                    self._call(self._pending.popleft().given_up, "a bug of the store; the log has it")
+                continue
             retry_s = _RETRY_FIRST_S
             self._metrics.committed(time.perf_counter() - began)
             for index, write in enumerate(group):
@@ -235,7 +245,7 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Write]) -> dict[int
             try:
                 for sql, parameters in write.statements:
                     connection.execute(sql, parameters)
-            except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            except (sqlite3.Error, sqlite3.Warning, ValueError, TypeError, OverflowError) as error:
                 if not _is_fault(error):
                     raise
                 faults[index] = str(error)
@@ -248,6 +258,25 @@ def _commit(connection: sqlite3.Connection, group: Sequence[_Write]) -> dict[int
                 connection.execute("ROLLBACK")
         raise
     return faults
+
+
+def _on_snapshot(connection: sqlite3.Connection, query: Callable[[sqlite3.Connection], T], deadline: float) -> T:
+    """Run a query in a transaction of its own, until a time of `time.monotonic`.
+
+    Raises: TimeoutError, sqlite3.Error.
+    """
+    # Not `interrupt`: called from the event loop, it might hit the query that came next.
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, _INSTRUCTIONS)
+    try:
+        connection.execute("BEGIN")
+        return query(connection)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
+            raise TimeoutError from error
+        raise
+    finally:
+        connection.set_progress_handler(None, 0)
+        connection.rollback()
 
 
 def _is_fault(error: Exception) -> bool:

@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import takewhile
 from typing import Any, Final
 
 import orjson
@@ -28,11 +30,10 @@ _RING: Final = 10_000
 _DELETED_AT_ONCE: Final = 500
 _INSERT: Final = "INSERT INTO events (sequence, id, type, at, call_id, data) VALUES (?, ?, ?, ?, ?, ?)"
 _AFTER: Final = "SELECT sequence, id, type, at, call_id, data FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?"
-# What is old, or too much, and not awaited by a webhook.
-_OUTDATED: Final = (
-    "SELECT sequence FROM events WHERE (at < ? OR sequence <= ?)"
-    " AND NOT EXISTS (SELECT 1 FROM webhook_deliveries AS delivery WHERE delivery.sequence = events.sequence)"
-    " ORDER BY sequence LIMIT ?"
+# The last column: whether a webhook awaits it.
+_OLDEST_AFTER: Final = (
+    "SELECT sequence, at, EXISTS (SELECT 1 FROM webhook_deliveries AS awaited WHERE awaited.sequence = events.sequence)"
+    " FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?"
 )
 
 _log = structlog.get_logger(__name__)
@@ -148,8 +149,9 @@ class EventStore:
         statements: list[Statement] = [(_INSERT, (event.sequence, id, type, _time_text(event.at), call_id, data))]
         if record is not None:
             statements.append(self._records.statement_for(record))
-            self._records.queued(record)
         statements += self._also(event)
+        if record is not None:
+            self._records.queued(record)
         self._database.submit(
             statements,
             committed=lambda: self._is_committed(event, record),
@@ -213,35 +215,43 @@ class EventStore:
         _log.error("store.event_unsaved", id=event.id, type=event.type, reason=reason)
 
     async def _retain(self) -> None:
-        """Delete what need not be kept, a little at a time."""
+        """Delete what need not be kept, again and again."""
         while True:
             try:
-                deleted = await self._delete_outdated()
+                await self._delete_outdated()
             except StoreError as error:
                 self._metrics.error("store", "retention_failed")
                 _log.warning("store.retention_failed", error=str(error))
-                deleted = 0
-            if deleted < _DELETED_AT_ONCE:
-                await asyncio.sleep(RETENTION_INTERVAL_S)
+            await asyncio.sleep(RETENTION_INTERVAL_S)
 
     async def _delete_outdated(self) -> int:
+        """Walk from the oldest event to the first that is neither old nor too much, a little at a time.
+
+        What a webhook awaits is passed over. The walk costs what is deleted, not what is kept: there may be millions.
+        """
         before = _time_text(datetime.now(UTC) - self._keep)
         through = self._last_sequence - self._keep_events
-
-        def query(connection: sqlite3.Connection) -> list[int]:
-            return [row[0] for row in connection.execute(_OUTDATED, (before, through, _DELETED_AT_ONCE))]
-
-        outdated = await self._database.read(query)
-        if outdated:
-            statements: list[Statement] = [("DELETE FROM events WHERE sequence = ?", (one,)) for one in outdated]
-            statements.append(("UPDATE events_deleted SET through = max(through, ?)", (outdated[-1],)))
-            await self._database.write(statements)
-            _log.debug("store.events_deleted", events=len(outdated), through=outdated[-1])
-        return len(outdated)
+        position = deleted = 0
+        while True:
+            oldest = await self._database.read(partial(_oldest_after, position))
+            outdated = list(takewhile(lambda row: row[1] < before or row[0] <= through, oldest))
+            if unawaited := [sequence for sequence, _, awaited in outdated if not awaited]:
+                statements: list[Statement] = [("DELETE FROM events WHERE sequence = ?", (one,)) for one in unawaited]
+                statements.append(("UPDATE events_deleted SET through = max(through, ?)", (unawaited[-1],)))
+                await self._database.write(statements)
+                _log.debug("store.events_deleted", events=len(unawaited), through=unawaited[-1])
+                deleted += len(unawaited)
+            if len(outdated) < _DELETED_AT_ONCE:
+                return deleted
+            position = outdated[-1][0]
 
 
 def _sequence_of(event: StoredEvent) -> int:
     return event.sequence
+
+
+def _oldest_after(sequence: int, connection: sqlite3.Connection) -> list[tuple[int, str, int]]:
+    return connection.execute(_OLDEST_AFTER, (sequence, _DELETED_AT_ONCE)).fetchall()
 
 
 def _from_row(row: Sequence[Any]) -> StoredEvent:
