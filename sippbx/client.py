@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
@@ -241,14 +242,18 @@ class Client:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
         backoff = _Backoff()
+        unavailable: ClientError | None = None
         while True:
             try:
                 return await verb(request, timeout=max(0.0, deadline - loop.time()), metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 failure = _client_error(error)
-                unanswered = failure.code is grpc.StatusCode.UNAVAILABLE and not failure.reason
-                if not unanswered or backoff.waits >= _ATTEMPTS - 1 or loop.time() >= deadline:
+                if failure.code is grpc.StatusCode.DEADLINE_EXCEEDED and not failure.reason and unavailable is not None:
+                    # That time is up says less than what it was spent on.
+                    raise unavailable from error
+                if failure.code is not grpc.StatusCode.UNAVAILABLE or failure.reason or backoff.waits >= _ATTEMPTS - 1:
                     raise failure from error
+                unavailable = failure
             await backoff.wait()
 
 
@@ -269,14 +274,13 @@ class _Backoff:
 
 def _client_error(error: grpc.aio.AioRpcError) -> ClientError:
     reason, retry_after_s = "", None
-    try:
+    # Whatever stands between the node and us may have made the error, details and all.
+    with contextlib.suppress(ValueError, DecodeError):
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # it has what of a call is asked for
-    except ValueError:
-        status = None
-    for detail in () if status is None else status.details:
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN:
-            reason = info.reason
-        elif detail.Unpack(retry):
-            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+        for detail in () if status is None else status.details:
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            if detail.Unpack(info) and info.domain == _DOMAIN:
+                reason = info.reason
+            elif detail.Unpack(retry):
+                retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     return ClientError(error.code(), reason, error.details() or "", retry_after_s)

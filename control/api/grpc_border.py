@@ -6,6 +6,7 @@ google.rpc.RetryInfo where it is known when another try makes sense.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -173,7 +174,10 @@ def _authorization(details: grpc.HandlerCallDetails) -> str | None:
 
 
 async def _abort(context: Context, code: grpc.StatusCode, error: ApiError) -> None:
-    """End the RPC with the error; a client that does not even read that is left behind."""
+    """End the RPC with the error.
+
+    A client that reads nothing does not read this either. Then it waits for the client without us.
+    """
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if error.retry_after_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=error.retry_after_s)))
@@ -182,5 +186,6 @@ async def _abort(context: Context, code: grpc.StatusCode, error: ApiError) -> No
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         status.details.add().Pack(detail)
-    async with asyncio.timeout(_ABORT_TIMEOUT_S):
-        await context.abort_with_status(rpc_status.to_status(status))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_TIMEOUT_S):
+            await context.abort_with_status(rpc_status.to_status(status))
