@@ -2,8 +2,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from control.events.call_log import log_call_event
-from control.pbx.records import CallEventKind
-from tests.harness.records import call_event
+from control.pbx.records import CallEventKind, ErrorEvent
+from tests.harness.records import INVITED_AT, call_event
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,9 @@ def test_the_last_line_tells_how_the_call_ended() -> None:
     )
     assert line["duration_s"] == 5.0
     assert line["sip_call_ids"] == ["a@x", "b@pbx"]
+
+
+def test_what_is_no_event_of_a_call_is_not_logged_here() -> None:
+    with capture_logs() as lines:
+        log_call_event(ErrorEvent(INVITED_AT, "media", "data-plane-lost", "unavailable"))
+    assert lines == []
