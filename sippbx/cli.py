@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
+from sippbx import commands
+from sippbx.commands import EXIT_CODES, EXIT_FAILED, EXIT_PORT_TAKEN
 from sippbx.pair import Pair, PairDescription, PairError, PortTakenError, describe, own_address
 from sippbx.runtime.lifecycle import Stop
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_PORT_TAKEN = 3
-
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="A SIP back-to-back user agent."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A SIP back-to-back user agent: run one, or drive one that runs.",
+    epilog=EXIT_CODES,
 )
 
 Address = Annotated[str | None, typer.Option(help="Numeric address to use. Default: this machine's own.")]
@@ -74,6 +76,9 @@ def demo(data: Data = Path("run")) -> None:
         typer.echo(f"sippbx: {error}", err=True)
         code = EXIT_FAILED
     raise typer.Exit(code)
+
+
+app.add_typer(commands.app)
 
 
 def _range_of(text: str) -> tuple[int, int]:
