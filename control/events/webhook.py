@@ -32,6 +32,7 @@ RETRIES = BackOff(first_s=1.0, most_s=3600.0)
 PAUSES = BackOff(first_s=1.0, most_s=30.0)
 
 _STORE_PAUSE_S = 1.0
+_COUNT_SHARE = 100
 
 _log = structlog.get_logger(__name__)
 
@@ -160,13 +161,14 @@ class _Endpoint:
             except StoreError as error:
                 self._metrics.error("webhook", "outbox_unreadable")
                 _log.error("webhook.outbox_unreadable", endpoint=self._name, error=str(error))
-                self._unread = True
-                await asyncio.sleep(_STORE_PAUSE_S)
             except Exception:  # noqa: BLE001 - the boundary
                 # The boundary of the endpoint's task: it must not end before the process does.
                 self._metrics.error("webhook", "internal")
                 _log.exception("webhook.turn_failed", endpoint=self._name)
-                await asyncio.sleep(_STORE_PAUSE_S)
+            else:
+                continue
+            self._unread = True
+            await asyncio.sleep(_STORE_PAUSE_S)
 
     async def _turn(self) -> None:
         """Read if there may be something, start what there is room for, and wait for a reason to do it again."""
@@ -196,8 +198,12 @@ class _Endpoint:
 
     async def _refresh(self) -> None:
         """Count what waits, and let go of what was given up long ago."""
-        self._refresh_at = self._loop.time() + self._refresh_s
+        began = self._loop.time()
+        self._refresh_at = began + self._refresh_s
         self._backlog = await self._deliveries.backlog(self._name)
+        # Counting millions takes a while, in the thread that reads for everybody.
+        took_s = self._loop.time() - began
+        self._refresh_at = began + max(self._refresh_s, _COUNT_SHARE * took_s)
         now = datetime.now(UTC)
         dead_at = self._backlog.oldest_dead_at
         if dead_at is not None and dead_at < now - DEAD_KEPT:

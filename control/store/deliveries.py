@@ -54,7 +54,13 @@ _BACKLOG = (
 )
 _QUEUED_AT = "SELECT queued_at FROM webhook_deliveries WHERE endpoint = ? AND sequence = ?"
 _OLDEST_DEAD = "SELECT min(dead_at) FROM webhook_deliveries WHERE endpoint = ? AND dead_at IS NOT NULL"
-_BY_ENDPOINT = "SELECT endpoint, count(*) FROM webhook_deliveries GROUP BY endpoint"
+# From name to name by the primary key: one look-up for each endpoint instead of a walk through all rows.
+_ENDPOINTS = (
+    "WITH RECURSIVE names (name) AS (SELECT min(endpoint) FROM webhook_deliveries UNION ALL"
+    " SELECT (SELECT min(endpoint) FROM webhook_deliveries WHERE endpoint > name) FROM names WHERE name IS NOT NULL)"
+    " SELECT name FROM names WHERE name IS NOT NULL"
+)
+_COUNT = "SELECT count(*) FROM webhook_deliveries WHERE endpoint = ?"
 _FORGET_ENDPOINT = "DELETE FROM webhook_deliveries WHERE endpoint = ?"
 
 
@@ -171,8 +177,12 @@ class Deliveries:
         Raises: StoreError.
         """
         known = {name for name, _ in self._endpoints}
-        rows = await self._database.read(lambda connection: connection.execute(_BY_ENDPOINT).fetchall())
-        strangers = {name: count for name, count in rows if name not in known}
+
+        def query(connection: sqlite3.Connection) -> dict[str, int]:
+            names = [name for (name,) in connection.execute(_ENDPOINTS) if name not in known]
+            return {name: connection.execute(_COUNT, (name,)).fetchone()[0] for name in names}
+
+        strangers = await self._database.read(query)
         self._database.submit([(_FORGET_ENDPOINT, (name,)) for name in strangers])
         return strangers
 

@@ -369,13 +369,17 @@ async def test_an_endpoint_gets_the_types_that_it_asked_for(path: Path) -> None:
 
 
 async def test_no_more_attempts_are_under_way_than_allowed(path: Path) -> None:
-    async def dawdle(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(0.02)
+    release = asyncio.Event()
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        await release.wait()
         return web.Response()
 
-    async with Receiver([dawdle] * 12) as receiver, node_on(path, receiver.settings(concurrency=3)) as node:
+    async with Receiver([wait] * 12) as receiver, node_on(path, receiver.settings(concurrency=3)) as node:
         for number in range(12):
             await node.happen(f"evt_{number}")
+        await until(lambda: receiver.at_once == 3)
+        release.set()
         await node.until_rows(lambda rows: not rows)
         assert receiver.most_at_once == 3
         assert sorted(receiver.ids) == sorted(f"evt_{number}" for number in range(12))
@@ -487,7 +491,8 @@ async def test_nothing_is_told_to_a_receiver_whose_certificate_nobody_vouches_fo
         assert receiver.ids == []
 
 
-async def test_an_endpoint_that_keeps_failing_gets_a_pause(path: Path) -> None:
+async def test_an_endpoint_that_keeps_failing_gets_a_pause(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhook_module, "PAUSES", BackOff(60, 60))
     async with Receiver([500] * 100) as receiver, node_on(path, receiver.settings(concurrency=1)) as node:
         for number in range(30):
             await node.happen(f"evt_{number}")

@@ -178,7 +178,8 @@ async def test_the_rows_of_endpoints_that_are_gone_are_forgotten(database: Datab
     for sequence in (1, 2):
         await happen(database, deliveries, sequence)
     fewer = Deliveries(database, [("ends", None)])
-    assert await fewer.forget_strangers() == {"all": 2}
+    await happen(database, Deliveries(database, [("zebra", None)]), 3)
+    assert await fewer.forget_strangers() == {"all": 2, "zebra": 1}
     await settled(database)
     assert await fewer.forget_strangers() == {}
     assert sequences(await fewer.due("ends", LATER, 10)) == [1, 2]
