@@ -14,20 +14,25 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
-from pathlib import Path
 
 import structlog
 
+from control.api.auth import ApiKeys
+from control.api.grpc_api import GrpcApi
+from control.api.http_api import HttpApi
+from control.api.service import ApiBindError, ControlService, NodeView
 from control.b2bua.b2bua import B2bua
 from control.events.call_log import log_call_event
 from control.events.cdr import CdrFile
+from control.events.codec import call_id_of, encode, event_id, event_type
 from control.events.fanout import EventFanOut
+from control.events.webhook import Webhooks
 from control.media.client import MediaClient
-from control.metrics import ControlMetrics
+from control.metrics import ControlMetrics, product_version
 from control.pbx.admission import Admission
-from control.pbx.records import CallEvent, CallRecord
+from control.pbx.records import CallEvent, CallRecord, Event
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
@@ -37,7 +42,8 @@ from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
 from control.sip.stack import SipStack
 from control.sip.transaction import Timers
-from control.store.database import StoreError
+from control.store.database import Database, StoreError
+from control.store.events import EventStore, StoredEvent
 from control.store.records import RecordStore
 from control.transport.udp import UdpTransport
 from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
@@ -51,6 +57,7 @@ EXIT_FENCED = 4
 EXIT_STORE = 5
 
 CALLS_END_S = 5.0
+API_STOP_S = 1.0
 
 _TOKEN_BYTES = 9
 _SECRET_BYTES = 32
@@ -73,7 +80,7 @@ async def run(settings: Settings, inherited: Mapping[str, socket.socket]) -> int
             async with ControlPlane.started(settings, inherited, stop) as plane:
                 await stop.draining.wait()
                 return await plane.finish()
-    except (SocketError, ProbeError) as error:
+    except (SocketError, ProbeError, ApiBindError) as error:
         _log.error("process.start_failed", error=str(error))
         return EXIT_ADDRESS
     except StoreError as error:
@@ -89,6 +96,7 @@ class ControlPlane:
         self._stop = stop
         self._fenced = False
         self._starting = True
+        self._started_at = _utc_now()
         self._transports: dict[str, UdpTransport] = {}
         self._listeners = {listener.name: listener for listener in settings.sip.listeners}
         self.metrics = ControlMetrics()
@@ -150,7 +158,7 @@ class ControlPlane:
     ) -> AsyncIterator["ControlPlane"]:
         """Start everything; whatever has been started is stopped again on the way out, in reverse order.
 
-        Raises: SocketError, ProbeError, StoreError.
+        Raises: SocketError, ProbeError, ApiBindError, StoreError.
         """
         plane = cls(settings, stop)
         async with contextlib.AsyncExitStack() as running:
@@ -213,39 +221,105 @@ class ControlPlane:
         running.push_async_callback(probes.stop)
         lag = asyncio.create_task(sample_loop_lag(self.metrics.event_loop_lag), name="loop-lag")
         running.callback(lag.cancel)
-        await self._keep_records(running, settings.store.path, settings.cdr.jsonl_path)
+        records, events = await self._keep_records(running)
         self._media.start(self._b2bua.media_input)
         running.push_async_callback(self._media.stop)
         for transport in self._transports.values():
             transport.start()
+        await self._serve_programs(running, records, events)
         self._starting = False
         # What stands now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
         _log.info("process.started", listeners=[str(transport.local) for transport in self._transports.values()])
 
-    async def _keep_records(
-        self, running: contextlib.AsyncExitStack, sqlite_path: Path, jsonl_path: Path | None
+    async def _serve_programs(
+        self, running: contextlib.AsyncExitStack, records: RecordStore, events: EventStore
     ) -> None:
-        """Observe calls: metrics and log at once, the store by its queue, the CDR file behind its commits."""
-        sink = None if jsonl_path is None else CdrFile(jsonl_path, metrics=self.metrics)
+        """Serve both APIs.
+
+        Raises: ApiBindError.
+        """
+        api = self._settings.api
+        service = ControlService(
+            calls=self._b2bua, records=records, events=events, node=self._node_view, drain=self._drain
+        )
+        keys = ApiKeys(api.keys)
+        if not api.keys:
+            _log.warning("api.without_keys", advice="nobody can use the APIs; see api.keys")
+        http = HttpApi(api, service, keys, self.metrics, self.unready)
+        await http.start()
+        running.push_async_callback(http.stop)
+        grpc = GrpcApi(api, service, keys, self.metrics)
+        await grpc.start()
+        running.push_async_callback(grpc.stop, API_STOP_S)
+
+    def _node_view(self) -> NodeView:
+        reasons = tuple(self.unready())
+        return NodeView(
+            name=self._settings.node_name,
+            version=product_version(),
+            started_at=self._started_at,
+            ready=not reasons,
+            not_ready_reasons=reasons,
+            draining=self._admission.draining,
+            active_calls=self._call_count(),
+            max_calls=self._settings.limits.max_calls,
+            registrations=len(self._registrar),
+        )
+
+    async def _keep_records(self, running: contextlib.AsyncExitStack) -> tuple[RecordStore, EventStore]:
+        """Observe what happens: metrics and log at once, the store by its queue, and all others behind its commits.
+
+        Raises: StoreError.
+        """
+        settings = self._settings
+        sink = None if settings.cdr.jsonl_path is None else CdrFile(settings.cdr.jsonl_path, metrics=self.metrics)
         if sink is not None:
             running.push_async_callback(sink.close)
+        database = await Database.open(settings.store.path, metrics=self.metrics)
+        running.push_async_callback(database.close)
+        webhooks = await Webhooks.open(
+            settings.webhooks,
+            database=database,
+            node_name=settings.node_name,
+            metrics=self.metrics,
+            publish=self._events.publish,
+        )
+        running.push_async_callback(webhooks.close)
+        records = RecordStore(database)
 
-        def committed(records: Sequence[CallRecord]) -> None:
-            if sink is not None:
-                sink.add(records)
+        def committed(event: StoredEvent, record: CallRecord | None) -> None:
+            webhooks.wake(event)
+            if sink is not None and record is not None:
+                sink.add([record])
 
-        store = await RecordStore.open(sqlite_path, metrics=self.metrics, committed=committed)
-        running.push_async_callback(store.close)
+        events = await EventStore.open(
+            database,
+            records,
+            metrics=self.metrics,
+            keep=timedelta(seconds=settings.events.keep_s),
+            keep_events=settings.events.keep_events,
+            also=webhooks.deliveries.statements_for,
+            committed=committed,
+        )
+        running.push_async_callback(events.close)
 
-        def keep(event: CallEvent) -> None:
-            if event.record is not None:
-                store.add(event.record)
+        def keep(event: Event) -> None:
+            if (kind := event_type(event)) is not None:
+                events.append(
+                    id=event_id(event, _new_token),
+                    type=kind,
+                    at=event.at,
+                    call_id=call_id_of(event),
+                    data=encode(event),
+                    record=event.record if isinstance(event, CallEvent) else None,
+                )
 
         self._events.subscribe("metrics", self.metrics.observe)
         self._events.subscribe("log", log_call_event)
         self._events.subscribe("store", keep)
+        return records, events
 
     def unready(self) -> list[str]:
         """Why new calls would be refused now; empty when they would not."""

@@ -105,7 +105,7 @@ class ControlMetrics:
         self._tasks = self._gauge("event_loop_tasks", "Tasks of the event loop now.")
         self._gauge("start_time_seconds", "When this process started, Unix time.").set(time.time())
         self._gauge("build_info", "What runs here.", "version", "python").labels(
-            _product_version(), platform.python_version()
+            product_version(), platform.python_version()
         ).set(1)
         self._preset()
         self.registry.register(_SeedAlias(self._calls))
@@ -360,7 +360,8 @@ def _family(
     return family
 
 
-def _product_version() -> str:
+def product_version() -> str:
+    """The version of this program, "unknown" where it is not installed."""
     try:
         return version(DISTRIBUTION)
     except PackageNotFoundError:
