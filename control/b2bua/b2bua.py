@@ -314,8 +314,7 @@ class B2bua:
             return
         match request.method:
             case "REGISTER" | "OPTIONS" if self._admission.draining:
-                refused = Refusal(503, Reason.DRAINING, "draining", self._admission.retry_after_s)
-                self._answer(event.transaction, self._refusal_of(request, refused), now)
+                self._answer(event.transaction, self._refusal_of(request, self._draining()), now)
             case "INVITE":
                 self._invited(event, now)
             case "REGISTER":
@@ -425,6 +424,9 @@ class B2bua:
         shown = request.from_.uri.username or "anonymous"
         direction = CallDirection.INTERNAL if trunk is None else CallDirection.INBOUND
         if trunk is None and "Proxy-Authorization" not in request.headers:
+            if self._admission.draining:
+                self._answer(event.transaction, self._refusal_of(request, self._draining()), now)
+                return
             self._deny(event, self._authentication.without_credentials(request), now, status=407)
             return
         # Before the credentials are looked at: whoever guesses passwords is held to the rate, too.
@@ -454,6 +456,9 @@ class B2bua:
         call = self._factory.invited(event, caller, shown, route, utc=self._utc_now(), now=now)
         self._own(event.transaction, call, LegName.CALLER)
         self._start(call, now)
+
+    def _draining(self) -> Refusal:
+        return Refusal(503, Reason.DRAINING, "draining", self._admission.retry_after_s)
 
     def _media_refusal(self) -> Refusal | None:
         failure = self._media.unavailable()
