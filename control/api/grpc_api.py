@@ -148,6 +148,8 @@ def _why_not(host: str, port: int) -> str | None:
     """Why the address cannot be bound, which gRPC does not tell."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As gRPC does, so that connections of before, not quite gone yet, are no reason.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:

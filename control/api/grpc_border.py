@@ -11,13 +11,13 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 import structlog
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_status import rpc_status
@@ -40,7 +40,6 @@ MAX_HEALTH_WATCHERS = 100
 
 _ABORT_TIMEOUT_S = 1.0
 _ERROR_ID_BYTES = 8
-_STATUS_CODES = {kind: grpc.StatusCode[kind.name] for kind in ApiErrorKind}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Work = Callable[[], Awaitable[Any]]
@@ -49,6 +48,16 @@ client_name: ContextVar[str] = ContextVar("client_name")
 """The name of the API key of the request that is worked on."""
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a client is told instead of an answer."""
+
+    code: grpc.StatusCode
+    reason: str
+    detail: str
+    retry_after_s: int | None = None
 
 
 class Border(grpc.aio.ServerInterceptor):
@@ -75,7 +84,7 @@ class Border(grpc.aio.ServerInterceptor):
         try:
             client = self._keys.client_of(_authorization(handler_call_details))
         except ApiError as error:
-            return self._refusal(label, error)
+            return self._refusal(label, _failure_of(error))
         if handler is None:
             self._metrics.grpc_request(OTHER, grpc.StatusCode.UNIMPLEMENTED.name, 0.0)
             return None
@@ -96,16 +105,12 @@ class Border(grpc.aio.ServerInterceptor):
             finally:
                 self._health_watchers -= 1
 
-        return grpc.unary_stream_rpc_method_handler(
-            serve,
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+        return grpc.unary_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
-    def _refusal(self, label: str, error: ApiError) -> Handler:
+    def _refusal(self, label: str, failure: _Failure) -> Handler:
         async def refuse(_requests: Any, context: Context) -> None:
-            self._metrics.grpc_request(label, _STATUS_CODES[error.kind].name, 0.0)
-            await _abort(context, _STATUS_CODES[error.kind], error)
+            self._metrics.grpc_request(label, failure.code.name, 0.0)
+            await _abort(context, failure)
 
         # As if a stream of requests came, whatever comes: then nothing is waited for, nor read.
         return grpc.stream_unary_rpc_method_handler(refuse)
@@ -141,29 +146,32 @@ class Border(grpc.aio.ServerInterceptor):
 
     async def _answer(self, label: str, context: Context, work: Work) -> Any:
         begun = time.monotonic()
-        code = grpc.StatusCode.OK
         try:
-            return await work()
+            answer = await work()
         except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
+            self._observe(label, grpc.StatusCode.CANCELLED, begun)
             raise
         except ApiError as error:
-            code = _STATUS_CODES[error.kind]
-            await _abort(context, code, error)
+            failure = _failure_of(error)
         except TimeoutError:
-            code = grpc.StatusCode.DEADLINE_EXCEEDED
             detail = f"there was no result within {self._request_timeout_s:g} s; repeat it to learn what became of it"
-            await _abort(context, code, ApiError(ApiErrorKind.UNAVAILABLE, "timeout", detail))
+            failure = _Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "timeout", detail)
         except Exception:  # noqa: BLE001 - the boundary
             # The boundary between a request and the rest of the process.
-            code = grpc.StatusCode.INTERNAL
             error_id = secrets.token_hex(_ERROR_ID_BYTES)
             self._metrics.error("api", "internal")
             _log.exception("api.request_failed", error_id=error_id, method=label)
             detail = f"the node failed on this request; its log says more about error {error_id}"
-            await _abort(context, code, ApiError(ApiErrorKind.INTERNAL, "internal-error", detail))
-        finally:
-            self._metrics.grpc_request(label, code.name, time.monotonic() - begun)
+            failure = _Failure(grpc.StatusCode.INTERNAL, "internal-error", detail)
+        else:
+            self._observe(label, grpc.StatusCode.OK, begun)
+            return answer
+        self._observe(label, failure.code, begun)
+        await _abort(context, failure)
+        return None
+
+    def _observe(self, label: str, code: grpc.StatusCode, begun: float) -> None:
+        self._metrics.grpc_request(label, code.name, time.monotonic() - begun)
 
 
 def _authorization(details: grpc.HandlerCallDetails) -> str | None:
@@ -173,19 +181,22 @@ def _authorization(details: grpc.HandlerCallDetails) -> str | None:
     return None
 
 
-async def _abort(context: Context, code: grpc.StatusCode, error: ApiError) -> None:
-    """End the RPC with the error.
+def _failure_of(error: ApiError) -> _Failure:
+    return _Failure(grpc.StatusCode[error.kind.name], error.reason, error.detail, error.retry_after_s)
 
-    A client that reads nothing does not read this either. Then it waits for the client without us.
+
+async def _abort(context: Context, failure: _Failure) -> None:
+    """End the RPC with an error.
+
+    A client that reads nothing does not read this either; then the error waits for it without us.
     """
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
-    if error.retry_after_s is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=error.retry_after_s)))
     # It may quote what came from the wire (PEP 383).
-    message = error.detail.encode("utf-8", "replace").decode()
-    status = status_pb2.Status(code=code.value[0], message=message)
-    for detail in details:
-        status.details.add().Pack(detail)
+    message = failure.detail.encode("utf-8", "replace").decode()
+    status = status_pb2.Status(code=failure.code.value[0], message=message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=failure.reason, domain=DOMAIN))
+    if failure.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo(retry_delay=Duration(seconds=failure.retry_after_s))
+        status.details.add().Pack(retry)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_ABORT_TIMEOUT_S):
             await context.abort_with_status(rpc_status.to_status(status))

@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import itertools
+import os
+import re
 import socket
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +27,7 @@ from control.api.errors import ApiBindError
 from control.api.grpc_api import GrpcApi
 from control.api.grpc_services import CallServicer
 from control.metrics import ControlMetrics
-from control.pbx.records import CallEventKind, ErrorEvent, Reason, RegistrationView
+from control.pbx.records import CallEventKind, ErrorEvent, LegName, Reason, RegistrationView
 from control.pbx.routing import Refusal
 from control.settings.sections import ApiKeySettings, ApiSettings, GrpcSettings, TlsSettings
 from sippbx.client import Client, ClientError
@@ -236,6 +239,7 @@ async def test_certificate_that_cannot_be_read_is_named(node: Node, tmp_path: Pa
 
 async def test_taken_port_is_an_error_that_names_it(node: Node) -> None:
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind((HOST, node.port))
         other.listen()
         with pytest.raises(ApiBindError, match=rf"{HOST} TCP port {node.port}: Address already in use"):
@@ -576,3 +580,42 @@ async def test_node_is_asked_with_bare_stubs(node: Node, channel: grpc.aio.Chann
     stub = node_service_pb2_grpc.NodeServiceStub(channel)
     answer = await stub.GetNode(node_service_pb2.GetNodeRequest(), metadata=AUTHORIZED, timeout=10)
     assert answer.node.max_calls == 9
+
+
+# ---- what the page shows ------------------------------------------------------------------------------------------
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "api.md").read_text(), re.DOTALL)
+
+
+@contextlib.asynccontextmanager
+async def example(node: Node, text: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A program of docs/api.md, as a process of its own."""
+    environment = {**os.environ, "SIPPBX_TARGET": node.target, "SIPPBX_API_KEY": KEY}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", "-c", text, env=environment, cwd=Path(__file__).parents[2],
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def test_example_with_the_client_follows_its_call_to_the_end(node: Node) -> None:
+    await node.start()
+    async with asyncio.timeout(30), example(node, EXAMPLES[0]) as program:
+        await until(lambda: node.calls.originated)
+        for kind in (CallEventKind.RINGING, CallEventKind.ANSWERED, CallEventKind.ENDED):
+            node.events.append(call_event(kind, "another-call", leg=LegName.CALLEE))
+            node.events.append(call_event(kind, "order-4711", leg=LegName.CALLEE))
+        out, err = await program.communicate()
+    assert (out.decode().splitlines(), err.decode()) == (["rings", "talks", "ended after 0:00:05"], "")
+
+
+async def test_example_with_bare_stubs_starts_a_call_and_lists_it(node: Node) -> None:
+    await node.start()
+    async with asyncio.timeout(30), example(node, EXAMPLES[1]) as program:
+        out, err = await program.communicate()
+    assert (out.decode().splitlines(), err.decode()) == (["order-4712", "order-4712 1001 1002"], "")
