@@ -239,5 +239,6 @@ def _time(at: datetime | None) -> Timestamp | None:
 
 def _seconds(seconds: float) -> Duration:
     duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    # To the microsecond, as in the record, so that both show the same.
+    duration.FromMicroseconds(round(round(seconds, 6) * 1e6))
     return duration
