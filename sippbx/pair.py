@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,24 +84,28 @@ class PairDescription:
     @property
     def http_url(self) -> str:
         """Where the HTTP API is."""
-        return self._url(self.http_port)
+        return f"http://{_in_uri(self.api_address)}:{self.http_port}"
 
     @property
     def grpc_target(self) -> str:
         """Where the gRPC API is, host:port."""
-        return f"{self._uri_host}:{self.grpc_port}"
+        return f"{_in_uri(self.api_address)}:{self.grpc_port}"
+
+    @property
+    def api_address(self) -> str:
+        """Where both APIs are bound: on loopback, as keys would travel in the clear."""
+        if ip_address(self.address).is_loopback:
+            return self.address
+        return "::1" if ":" in self.address else "127.0.0.1"
 
     @property
     def sip_host(self) -> str:
         """Host and port as a SIP URI has them."""
-        return f"{self._uri_host}:{self.sip_port}" if self.sip_port != 5060 else self._uri_host
-
-    @property
-    def _uri_host(self) -> str:
-        return f"[{self.address}]" if ":" in self.address else self.address
+        host = _in_uri(self.address)
+        return f"{host}:{self.sip_port}" if self.sip_port != 5060 else host
 
     def _url(self, port: int) -> str:
-        return f"http://{self._uri_host}:{port}"
+        return f"http://{_in_uri(self.address)}:{port}"
 
     def control_settings(self) -> dict[str, Any]:
         """The control plane's configuration (deploy/config/control.yaml explains it)."""
@@ -114,8 +119,8 @@ class PairDescription:
             "cdr": {"jsonl_path": str(self.folder / "cdr.jsonl")},
             "api": {
                 "keys": [{"name": "local", "key": self.api_key}],
-                "http": {"bind": self.address, "port": self.http_port},
-                "grpc": {"bind": self.address, "port": self.grpc_port},
+                "http": {"bind": self.api_address, "port": self.http_port},
+                "grpc": {"bind": self.api_address, "port": self.grpc_port},
             },
             "metrics": {"bind": self.address, "port": self.metrics_port},
             "drain": {"timeout_s": DRAIN_TIMEOUT_S},
@@ -152,6 +157,10 @@ class PairDescription:
             return cls(**{**values, "folder": Path(values["folder"]), "rtp_range": (first, last)})
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+
+def _in_uri(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _write_private(path: Path, content: str) -> None:
@@ -245,18 +254,18 @@ def check_ports(pair: PairDescription) -> None:
     except SocketError as error:
         raise PortTakenError(f"{error}. Stop it, or choose another port: --sip-port") from error
     family = socket.AF_INET6 if ":" in pair.address else socket.AF_INET
-    for what, port, option in (
-        ("metrics", pair.metrics_port, "--metrics-port"),
-        ("metrics", pair.metrics_port + 1, "--metrics-port"),
-        ("the HTTP API", pair.http_port, "--http-port"),
-        ("the gRPC API", pair.grpc_port, "--grpc-port"),
+    for what, address, port, option in (
+        ("metrics", pair.address, pair.metrics_port, "--metrics-port"),
+        ("metrics", pair.address, pair.metrics_port + 1, "--metrics-port"),
+        ("the HTTP API", pair.api_address, pair.http_port, "--http-port"),
+        ("the gRPC API", pair.api_address, pair.grpc_port, "--grpc-port"),
     ):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((pair.address, port))
+                probe.bind((address, port))
             except OSError as error:
-                message = f"cannot serve {what} on {pair.address} TCP port {port}: {error.strerror}"
+                message = f"cannot serve {what} on {address} TCP port {port}: {error.strerror}"
                 raise PortTakenError(f"{message}. Stop who has it (`ss -ltnp`), or choose another: {option}") from error
 
 

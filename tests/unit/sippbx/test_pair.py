@@ -85,15 +85,6 @@ def test_sip_host_names_the_port_unless_it_is_the_usual_one(tmp_path: Path) -> N
     assert described(tmp_path, "2001:db8::7", 5070).sip_host == "[2001:db8::7]:5070"
 
 
-def test_addresses_of_the_apis_are_those_of_the_configuration(tmp_path: Path) -> None:
-    pair = described(tmp_path, "2001:db8::7")
-    api = pair.control_settings()["api"]
-    assert api["http"] == {"bind": "2001:db8::7", "port": 24092}
-    assert api["grpc"] == {"bind": "2001:db8::7", "port": 24093}
-    assert pair.http_url == "http://[2001:db8::7]:24092"
-    assert pair.grpc_target == "[2001:db8::7]:24093"
-
-
 def test_control_plane_accepts_its_configuration(pair: PairDescription) -> None:
     pair.write()
     settings = load(pair.folder / "control.yaml", {})
@@ -118,3 +109,14 @@ def test_api_key_that_does_not_fit_is_named(tmp_path: Path, content: bytes) -> N
 
 def test_own_address_is_one_of_this_machine() -> None:
     assert own_address() not in {"", "0.0.0.0"}
+
+
+@pytest.mark.parametrize(
+    ("address", "api"), [("192.0.2.5", "127.0.0.1"), ("127.0.0.5", "127.0.0.5"), ("2001:db8::5", "::1"), ("::1", "::1")]
+)
+def test_apis_are_on_loopback_wherever_phones_are(tmp_path: Path, address: str, api: str) -> None:
+    pair = described(tmp_path, address)
+    settings = pair.control_settings()
+    assert {settings["api"][name]["bind"] for name in ("http", "grpc")} == {api}
+    host = f"[{api}]" if ":" in api else api
+    assert (pair.http_url, pair.grpc_target) == (f"http://{host}:24092", f"{host}:24093")
