@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import os
 import re
-import socket
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -238,12 +237,11 @@ async def test_certificate_that_cannot_be_read_is_named(node: Node, tmp_path: Pa
 
 
 async def test_taken_port_is_an_error_that_names_it(node: Node) -> None:
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind((HOST, node.port))
-        other.listen()
-        with pytest.raises(ApiBindError, match=rf"{HOST} TCP port {node.port}: Address already in use"):
-            await node.start()
+    await node.start()
+    other = Node()
+    other.port = node.port
+    with pytest.raises(ApiBindError, match=rf"{HOST} TCP port {node.port}: Address already in use"):
+        await other.start()
 
 
 # ---- calls, records, the node -------------------------------------------------------------------------------------
@@ -511,8 +509,9 @@ async def test_no_more_watch_than_are_allowed(node: Node) -> None:
 
 
 async def test_watcher_that_does_not_read_is_dropped_and_delays_nobody(
-    node: Node, caplog: pytest.LogCaptureFixture
+    node: Node, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(grpc_border, "_ABORT_TIMEOUT_S", 0.01)
     node.write_timeout_s = 0.5
     await node.start()
     options = [("grpc.use_local_subchannel_pool", 1)]
@@ -535,6 +534,8 @@ async def test_watcher_that_does_not_read_is_dropped_and_delays_nobody(
                 last = (await anext(stream)).sequence
         assert (await client.node()).name == "node-1"
         await until(lambda: node.requests("WatchEvents", "RESOURCE_EXHAUSTED") == 1)
+        # Long enough for the node to leave it behind with its error.
+        await asyncio.sleep(0.2)
         with pytest.raises(grpc.aio.AioRpcError) as dropped:
             await read_all(deaf)
         assert dropped.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

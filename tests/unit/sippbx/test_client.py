@@ -84,5 +84,25 @@ async def test_waiting_grows_to_a_bound_and_is_spread(monkeypatch: pytest.Monkey
     assert waits[-1] <= 0.1
 
 
+async def test_when_time_is_up_the_error_says_what_it_was_spent_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def sleep(_seconds: float) -> None:
+        pass
+
+    failures = [
+        grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, details="certificate verify failed"),
+        grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, details="Deadline Exceeded"),
+    ]
+
+    async def verb(_request: object, **_options: object) -> None:
+        raise failures.pop(0)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
+    async with client.Client("192.0.2.1:50051", "key") as made:
+        with pytest.raises(ClientError) as failed:
+            await made._ask(verb, None)
+    assert failures == []
+    assert (failed.value.code, failed.value.detail) == (grpc.StatusCode.UNAVAILABLE, "certificate verify failed")
+
+
 def test_error_tells_its_code_where_there_is_no_reason() -> None:
     assert str(ClientError(grpc.StatusCode.DEADLINE_EXCEEDED, "", "too late")) == "deadline-exceeded: too late"
