@@ -30,6 +30,7 @@ _NAMES = {
     "start_time": "started_at",
     "setup_duration": "setup_s",
     "talk_duration": "duration_s",
+    "media_gap": "media_gap_s",
     "jitter": "jitter_ms",
     "LegRecord.leg": "name",
 }

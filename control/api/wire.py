@@ -79,6 +79,8 @@ def record_to_wire(record: CallRecord) -> record_pb2.CallRecord:
         legs=[_leg(leg) for leg in record.legs],
         streams=[_stream(stream) for stream in record.streams],
         media_complete=record.media_complete,
+        media_interruptions=record.media_interruptions,
+        media_gap=_seconds(record.media_gap_s),
     )
 
 

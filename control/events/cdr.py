@@ -17,6 +17,8 @@
                   reordered, jitter_ms, rtcp_packets, relayed_packets, dropped_packets, first_packet_at, last_packet_at
     media_complete
                   false when the data plane could not be asked for its final statistics
+    media_interruptions, media_gap_s
+                  how often, and for how long in all, the relay was interrupted because the data plane was lost
 
 The file is opened anew for each group of lines, so it may be renamed at any time to rotate it. A group that fails
 halfway is taken back and tried again. What has no room in the queue is counted and left out: the store has it.
@@ -126,6 +128,8 @@ def cdr_document(record: CallRecord) -> dict[str, object]:
         "legs": record.legs,
         "streams": record.streams,
         "media_complete": record.media_complete,
+        "media_interruptions": record.media_interruptions,
+        "media_gap_s": round(record.media_gap_s, 6),
     }
 
 

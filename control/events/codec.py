@@ -163,6 +163,8 @@ def _record(values: Mapping[str, Any]) -> CallRecord:
         legs=tuple(LegRecord(**{**leg, "name": LegName(leg["name"])}) for leg in values["legs"]),
         streams=tuple(_stream(stream) for stream in values["streams"]),
         media_complete=values["media_complete"],
+        media_interruptions=values["media_interruptions"],
+        media_gap_s=values["media_gap_s"],
     )
 
 

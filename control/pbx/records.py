@@ -92,6 +92,8 @@ class Reason(StrEnum):
     CALLER_UNAVAILABLE = "caller-unavailable"
     CALLER_REJECTED = "caller-rejected"
     CALLER_UNREACHABLE = "caller-unreachable"
+    NODE_RESTARTED = "node-restarted"
+    STORE_UNAVAILABLE = "store-unavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,8 @@ class CallRecord:
     Times are UTC. `ringing_at` and `answered_at` are None when it did not come to that. `duration_s` counts from the
     answer,
     `setup_s` from the INVITE to the answer or the end. `media_complete` is False when the data plane could not be
-    asked for its final statistics.
+    asked for its final statistics. `media_interruptions` and `media_gap_s` tell how often and how long in all the relay
+    was interrupted because the data plane was lost.
     """
 
     call_id: CallId
@@ -170,6 +173,8 @@ class CallRecord:
     legs: tuple[LegRecord, ...]
     streams: tuple[StreamRecord, ...] = ()
     media_complete: bool = True
+    media_interruptions: int = 0
+    media_gap_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from control.store.database import Database, Statement
 _COLUMNS = (
     "call_id", "direction", "caller", "callee", "invited_at", "ringing_at", "answered_at", "ended_at", "setup_s",
     "duration_s", "result", "reason", "sip_status", "ended_by", "detail", "media_complete", "legs", "streams",
+    "media_interruptions", "media_gap_s",
 )  # fmt: skip
 _INSERT = (
     f"INSERT INTO call_records ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
@@ -107,6 +108,8 @@ def _to_row(record: CallRecord) -> tuple[Any, ...]:
         int(record.media_complete),
         orjson.dumps(record.legs).decode(),
         orjson.dumps(record.streams).decode(),
+        record.media_interruptions,
+        record.media_gap_s,
     )
     for text in (record.call_id, record.caller, record.callee, end.detail):
         text.encode()
@@ -136,6 +139,8 @@ def _from_row(row: Sequence[Any]) -> CallRecord:
         legs=tuple(LegRecord(**{**leg, "name": LegName(leg["name"])}) for leg in orjson.loads(values["legs"])),
         streams=tuple(_stream(stream) for stream in orjson.loads(values["streams"])),
         media_complete=bool(values["media_complete"]),
+        media_interruptions=values["media_interruptions"],
+        media_gap_s=values["media_gap_s"],
     )
 
 

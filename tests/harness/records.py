@@ -51,6 +51,8 @@ def call_record(call_id: str = "call-1", **changes: Any) -> CallRecord:
             StreamRecord(LegName.CALLER, 0, "audio", 250, 43_000, 0, 0, 0.125, 1, 250, 0, INVITED_AT, INVITED_AT),
             StreamRecord(LegName.CALLEE, 0, "audio", 249, 42_828, 1, 0, None, 1, 249, 2, None, None),
         ),
+        media_interruptions=1,
+        media_gap_s=0.25,
     )
     return replace(record, **changes)
 

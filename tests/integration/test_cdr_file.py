@@ -27,7 +27,8 @@ def test_a_line_has_the_documented_keys_and_forms() -> None:
     document = json.loads(line)
     assert list(document) == [
         "version", "call_id", "direction", "caller", "callee", "invited_at", "ringing_at", "answered_at", "ended_at",
-        "setup_s", "duration_s", "termination", "legs", "streams", "media_complete",
+        "setup_s", "duration_s", "termination", "legs", "streams", "media_complete", "media_interruptions",
+        "media_gap_s",
     ]  # fmt: skip
     assert set(document) | {key for part in ("termination",) for key in document[part]} <= set(
         (cdr.__doc__ or "").replace(",", " ").split()

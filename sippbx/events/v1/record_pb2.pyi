@@ -187,6 +187,10 @@ class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reason.ValueTy
     """The caller's side of such a call refused with another status."""
     REASON_CALLER_UNREACHABLE: _Reason.ValueType  # 33
     """The caller's side of such a call did not answer the INVITE at all."""
+    REASON_NODE_RESTARTED: _Reason.ValueType  # 34
+    """The node's process died while the call was being set up, or the call could not be taken up again after it."""
+    REASON_STORE_UNAVAILABLE: _Reason.ValueType  # 35
+    """The node could not have kept the call's record: its disk is full, or too slow."""
 
 class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
     """Why a call ended or was not set up. docs/operations.md explains each and says what to do."""
@@ -259,6 +263,10 @@ REASON_CALLER_REJECTED: Reason.ValueType  # 32
 """The caller's side of such a call refused with another status."""
 REASON_CALLER_UNREACHABLE: Reason.ValueType  # 33
 """The caller's side of such a call did not answer the INVITE at all."""
+REASON_NODE_RESTARTED: Reason.ValueType  # 34
+"""The node's process died while the call was being set up, or the call could not be taken up again after it."""
+REASON_STORE_UNAVAILABLE: Reason.ValueType  # 35
+"""The node could not have kept the call's record: its disk is full, or too slow."""
 Global___Reason: _TypeAlias = Reason  # noqa: Y015
 
 @_typing.final
@@ -445,6 +453,8 @@ class CallRecord(_message.Message):
     LEGS_FIELD_NUMBER: _builtins.int
     STREAMS_FIELD_NUMBER: _builtins.int
     MEDIA_COMPLETE_FIELD_NUMBER: _builtins.int
+    MEDIA_INTERRUPTIONS_FIELD_NUMBER: _builtins.int
+    MEDIA_GAP_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """The PBX's id of the call, or the one that was chosen over the API."""
     direction: Global___CallDirection.ValueType
@@ -455,6 +465,8 @@ class CallRecord(_message.Message):
     """Who was called: user or number."""
     media_complete: _builtins.bool
     """False when the data plane could not be asked for its final statistics."""
+    media_interruptions: _builtins.int
+    """How often the relay was interrupted, because the data plane was lost and made again."""
     @_builtins.property
     def invite_time(self) -> _timestamp_pb2.Timestamp:
         """When the INVITE came, or the call was asked for over the API."""
@@ -491,6 +503,10 @@ class CallRecord(_message.Message):
     def streams(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamRecord]:
         """What arrived from each side on each line."""
 
+    @_builtins.property
+    def media_gap(self) -> _duration_pb2.Duration:
+        """For how long in all."""
+
     def __init__(
         self,
         *,
@@ -508,10 +524,12 @@ class CallRecord(_message.Message):
         legs: _abc.Iterable[Global___LegRecord] | None = ...,
         streams: _abc.Iterable[Global___StreamRecord] | None = ...,
         media_complete: _builtins.bool = ...,
+        media_interruptions: _builtins.int = ...,
+        media_gap: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "end_time", b"end_time", "invite_time", b"invite_time", "ring_time", b"ring_time", "setup_duration", b"setup_duration", "talk_duration", b"talk_duration", "termination", b"termination"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "end_time", b"end_time", "invite_time", b"invite_time", "media_gap", b"media_gap", "ring_time", b"ring_time", "setup_duration", b"setup_duration", "talk_duration", b"talk_duration", "termination", b"termination"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "call_id", b"call_id", "callee", b"callee", "caller", b"caller", "direction", b"direction", "end_time", b"end_time", "invite_time", b"invite_time", "legs", b"legs", "media_complete", b"media_complete", "ring_time", b"ring_time", "setup_duration", b"setup_duration", "streams", b"streams", "talk_duration", b"talk_duration", "termination", b"termination"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_time", b"answer_time", "call_id", b"call_id", "callee", b"callee", "caller", b"caller", "direction", b"direction", "end_time", b"end_time", "invite_time", b"invite_time", "legs", b"legs", "media_complete", b"media_complete", "media_gap", b"media_gap", "media_interruptions", b"media_interruptions", "ring_time", b"ring_time", "setup_duration", b"setup_duration", "streams", b"streams", "talk_duration", b"talk_duration", "termination", b"termination"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,6 +70,8 @@ def record_message() -> record_pb2.CallRecord:
             for stream in record.streams
         ],
         media_complete=True,
+        media_interruptions=1,
+        media_gap=Duration(nanos=250_000_000),
     )
     message.setup_duration.FromMilliseconds(3000)
     message.talk_duration.FromMilliseconds(5000)
