@@ -4,6 +4,7 @@ import json
 from datetime import datetime
 from typing import Any
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from control.events.cdr import cdr_line
