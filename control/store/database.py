@@ -158,8 +158,9 @@ class Database:
         loop = asyncio.get_running_loop()
         deadline = time.monotonic() + timeout_s
         try:
-            answer = loop.run_in_executor(self._reading, _on_snapshot, self._reader, query, deadline)
-            return await asyncio.wait_for(answer, timeout_s)
+            # Not `wait_for`: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_s):
+                return await loop.run_in_executor(self._reading, _on_snapshot, self._reader, query, deadline)
         except TimeoutError:
             raise StoreError(f"the store did not answer within {timeout_s:g} s") from None
         except (sqlite3.Error, RuntimeError) as error:

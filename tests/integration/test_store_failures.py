@@ -153,6 +153,21 @@ async def test_a_query_that_nobody_waits_for_any_more_ends_with_its_deadline(dat
     assert await database.read(sequences, timeout_s=10) == []
 
 
+async def test_a_cancellation_that_comes_together_with_the_answer_is_not_lost(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[int]] = loop.create_future()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "run_in_executor", lambda *_: answer)
+        reading = asyncio.create_task(database.read(sequences))
+        await asyncio.sleep(0)
+        answer.set_result([])
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+
 # Retention
 
 
