@@ -8,7 +8,7 @@ Left out: session timers (RFC 4028), REFER, credentials for a challenging peer, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Final, Self
 
@@ -17,6 +17,7 @@ from control.sip.dialog import Dialog
 from control.sip.errors import LocalProtocolError, RemoteProtocolError
 from control.sip.headers import NameAddr, RAck, parse_decimal
 from control.sip.message import Request, Response, build_request, build_response
+from control.sip.snapshot import Moment
 from control.sip.stack import (
     AckReceived,
     CancelReceived,
@@ -221,8 +222,8 @@ class _Resend:
     cseq: int
     interval: float
     ceiling: float
-    next_at: float
-    expires_at: float
+    next_at: Moment
+    expires_at: Moment
     rseq: int = 0
 
 
@@ -234,9 +235,10 @@ class _LocalOffer:
     sdp: bytes
     branch: str = ""
     attempts: int = 0
-    retry_at: float | None = None
+    retry_at: Moment | None = None
 
 
+@dataclass(slots=True, kw_only=True)
 class InviteSession:
     """One leg's INVITE usage as a pure machine.
 
@@ -244,54 +246,43 @@ class InviteSession:
     where the peer is reached; with `symmetric` every in-dialog request goes along it, whatever the peer's Contact
     says, and it follows the peer's newest request: a departure from RFC 3261 section 12.2.1.1 for peers behind NAT,
     whose Contact cannot be reached.
+
+    All of its fields are plain data but `new_token` and `random`, so that it can be saved (control.sip.snapshot).
     """
 
-    def __init__(
-        self,
-        *,
-        state: SessionState,
-        sip_call_id: str,
-        local_tag: str,
-        flow: Flow,
-        symmetric: bool,
-        party: LocalParty,
-        timers: Timers,
-        new_token: Callable[[], str],
-        random: Callable[[], float],
-    ) -> None:
-        self.state = state
-        self.offer_state = OfferState.IDLE
-        self.sip_call_id = sip_call_id
-        self.local_tag = local_tag
-        self.flow = flow
-        self.dialog: Dialog | None = None
-        self.peer_product: str | None = None
-        self._symmetric = symmetric
-        self._party = party
-        self._timers = timers
-        self._new_token = new_token
-        self._random = random
-        self._owns_call_id = state is SessionState.CALLING
-        # Server side: the INVITE that has no final answer yet, and what is resent until it is acknowledged.
-        self._invite: tuple[TransactionId, Request] | None = None
-        self._initial: Request | None = None
-        self._update: tuple[TransactionId, Request] | None = None
-        self._final: _Resend | None = None
-        self._reliable: _Resend | None = None
-        self._rseq = 0
-        self._held_back: bytes | None = None
-        # Client side.
-        self._branch = ""
-        self._early: dict[str, Dialog] = {}
-        self._rseq_seen: dict[str, int] = {}
-        self._acks: dict[str, SendAck] = {}
-        self._last_ack: SendAck | None = None  # of the last re-INVITE
-        self._unacknowledged: tuple[Dialog, int] | None = None
-        # Both.
-        self._local_offer: _LocalOffer | None = None
-        self._local_sdp = b""
-        self._remote_sdp = b""
-        self._bye_headers: tuple[tuple[str, str], ...] | None = None
+    state: SessionState
+    sip_call_id: str
+    local_tag: str
+    flow: Flow
+    symmetric: bool
+    party: LocalParty
+    timers: Timers
+    new_token: Callable[[], str]
+    random: Callable[[], float]
+    owns_call_id: bool
+    offer_state: OfferState = OfferState.IDLE
+    dialog: Dialog | None = None
+    peer_product: str | None = None
+    # Server side: the INVITE that has no final answer yet, and what is resent until it is acknowledged.
+    _invite: tuple[TransactionId, Request] | None = None
+    _initial: Request | None = None
+    _update: tuple[TransactionId, Request] | None = None
+    _final: _Resend | None = None
+    _reliable: _Resend | None = None
+    _rseq: int = 0
+    _held_back: bytes | None = None
+    # Client side.
+    _branch: str = ""
+    _early: dict[str, Dialog] = field(default_factory=dict)
+    _rseq_seen: dict[str, int] = field(default_factory=dict)
+    _acks: dict[str, SendAck] = field(default_factory=dict)
+    _last_ack: SendAck | None = None  # of the last re-INVITE
+    _unacknowledged: tuple[Dialog, int] | None = None
+    # Both.
+    _local_offer: _LocalOffer | None = None
+    _local_sdp: bytes = b""
+    _remote_sdp: bytes = b""
+    _bye_headers: tuple[tuple[str, str], ...] | None = None
 
     # ---- construction ----------------------------------------------------------------------------------------------
 
@@ -328,6 +319,7 @@ class InviteSession:
             timers=timers,
             new_token=new_token,
             random=random,
+            owns_call_id=False,
         )
         session.peer_product = request.user_agent
         session.dialog = Dialog.of_server(request, session.local_tag, local_cseq=0)
@@ -360,6 +352,7 @@ class InviteSession:
             timers=timers,
             new_token=new_token,
             random=random,
+            owns_call_id=True,
         )
 
     # ---- commands of the call --------------------------------------------------------------------------------------
@@ -377,7 +370,7 @@ class InviteSession:
         )
         self._complete(request, sdp)
         self._initial = request
-        self._branch = self._new_token()
+        self._branch = self.new_token()
         if sdp:
             self._advance(_Sdp.SEND_OFFER)
             self._local_sdp = sdp
@@ -401,7 +394,7 @@ class InviteSession:
         response.headers.add("RSeq", str(self._rseq))
         if sdp and self.offer_state is OfferState.REMOTE_OFFER:
             self._advance(_Sdp.SEND_ANSWER)
-        self._reliable = self._resend(transaction, response, request, now, ceiling=64 * self._timers.t1)
+        self._reliable = self._resend(transaction, response, request, now, ceiling=64 * self.timers.t1)
         self._reliable.rseq = self._rseq
         return [SendResponse(transaction, response)]
 
@@ -555,7 +548,7 @@ class InviteSession:
             _check_body(request)
         except RemoteProtocolError as error:
             return [SendResponse(transaction, refusal(request, error, self.local_tag))]
-        if self._symmetric:
+        if self.symmetric:
             self.flow = event.flow
         match request.method:
             case "INVITE":
@@ -637,7 +630,7 @@ class InviteSession:
             return []
         self._final = None
         outputs: list[Output] = []
-        if self._symmetric:
+        if self.symmetric:
             self.flow = event.flow
         first = self.state is SessionState.ACCEPTED
         if first:
@@ -722,7 +715,7 @@ class InviteSession:
         self._rseq_seen[tag] = rseq
         request = dialog.request("PRACK")
         request.headers.add("RAck", f"{rseq} {response.cseq.number} INVITE")
-        return SendRequest(request, self._hop(dialog), self._new_token())
+        return SendRequest(request, self._hop(dialog), self.new_token())
 
     def _receive_2xx(self, response: Response) -> list[Output]:
         tag = response.to.tag or ""
@@ -782,7 +775,7 @@ class InviteSession:
         self._advance(_Sdp.ABANDON)
         if response.status == 491 and offer.attempts < MAX_GLARE_RETRIES and self.state is SessionState.CONFIRMED:
             # Section 14.1: the owner of the Call-ID waits longer, so that the two do not collide again.
-            wait = 2.1 + 1.9 * self._random() if self._owns_call_id else 2.0 * self._random()
+            wait = 2.1 + 1.9 * self.random() if self.owns_call_id else 2.0 * self.random()
             offer.retry_at = now + wait
             return []
         self._local_offer = None
@@ -841,7 +834,7 @@ class InviteSession:
             return []
         self._advance(_Sdp.SEND_OFFER)
         request = self._complete(dialog.request(offer.method), offer.sdp)
-        offer.branch, offer.retry_at = self._new_token(), None
+        offer.branch, offer.retry_at = self.new_token(), None
         offer.attempts += 1
         return [SendRequest(request, self._hop(dialog), offer.branch)]
 
@@ -854,13 +847,13 @@ class InviteSession:
         if sdp:
             self._local_sdp = sdp
         response = self._response(request, 200, None, sdp)
-        self._final = self._resend(transaction, response, request, now, ceiling=self._timers.t2)
+        self._final = self._resend(transaction, response, request, now, ceiling=self.timers.t2)
         return [SendResponse(transaction, response)]
 
     def _resend(
         self, transaction: TransactionId, response: Response, request: Request, now: float, *, ceiling: float
     ) -> _Resend:
-        t1 = self._timers.t1
+        t1 = self.timers.t1
         return _Resend(transaction, response, request.cseq.number, t1, ceiling, now + t1, now + 64 * t1)
 
     def _give_up_on_ack(self) -> list[Output]:
@@ -901,8 +894,8 @@ class InviteSession:
         request = dialog.request("BYE")
         for name, value in headers:
             request.headers.add(name, value)
-        request.headers.add("User-Agent", self._party.product)
-        return SendRequest(request, self._hop(dialog), self._new_token())
+        request.headers.add("User-Agent", self.party.product)
+        return SendRequest(request, self._hop(dialog), self.new_token())
 
     def _ack(self, dialog: Dialog, cseq: int, sdp: bytes) -> SendAck:
         """The ACK of a 2xx to the first INVITE, kept for each branch that answered, to be sent again."""
@@ -914,17 +907,17 @@ class InviteSession:
         if sdp:
             request.headers.add("Content-Type", SDP)
             request.body = sdp
-        return SendAck(request, self._hop(dialog), self._new_token())
+        return SendAck(request, self._hop(dialog), self.new_token())
 
     def _hop(self, dialog: Dialog) -> Flow:
-        return self.flow if self._symmetric else dialog.next_hop(self.flow)
+        return self.flow if self.symmetric else dialog.next_hop(self.flow)
 
     def _complete(self, request: Request, sdp: bytes) -> Request:
         """Adds what INVITE and UPDATE carry besides the dialog's own headers."""
-        request.headers.add("Contact", str(self._party.contact))
+        request.headers.add("Contact", str(self.party.contact))
         request.headers.add("Allow", ALLOW)
         request.headers.add("Supported", SUPPORTED)
-        request.headers.add("User-Agent", self._party.product)
+        request.headers.add("User-Agent", self.party.product)
         if sdp:
             request.headers.add("Content-Type", SDP)
             request.body = sdp
@@ -934,11 +927,11 @@ class InviteSession:
         response = build_response(request, status, reason, to_tag=self.local_tag)
         for value in request.headers.get_all("Record-Route"):
             response.headers.add("Record-Route", value)
-        response.headers.add("Contact", str(self._party.contact))
+        response.headers.add("Contact", str(self.party.contact))
         response.headers.add("Allow", ALLOW)
         if status >= 200:
             response.headers.add("Supported", SUPPORTED)
-        response.headers.add("Server", self._party.product)
+        response.headers.add("Server", self.party.product)
         if sdp:
             response.headers.add("Content-Type", SDP)
             response.body = sdp
@@ -947,7 +940,7 @@ class InviteSession:
     def _try_later(self, request: Request) -> Response:
         """500 with Retry-After, as sections 14.2 and RFC 3311 section 5.2 want it."""
         response = build_response(request, 500, to_tag=self.local_tag)
-        response.headers.add("Retry-After", str(1 + int(9 * self._random())))
+        response.headers.add("Retry-After", str(1 + int(9 * self.random())))
         return response
 
     def _forget(self) -> None:
