@@ -52,9 +52,18 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Commit:
+    """One that succeeded: how long it took, and when it ended (`time.monotonic`)."""
+
+    seconds: float
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Write:
     """Statements that are carried out together or not at all."""
 
+    queued_at: float
     statements: tuple[Statement, ...]
     committed: Callable[[], None]
     given_up: Callable[[str], None]
@@ -65,7 +74,10 @@ def _nothing(*_: object) -> None:
 
 
 class Database:
-    """One file. Callbacks are called in the event loop, in the order of what they are about."""
+    """One file. Callbacks are called in the event loop, in the order of what they are about.
+
+    `failed` is told of each commit that the disk, or somebody who holds the file, did not let through.
+    """
 
     def __init__(
         self,
@@ -75,12 +87,15 @@ class Database:
         *,
         metrics: ControlMetrics,
         max_pending: int,
+        failed: Callable[[sqlite3.Error], None],
     ) -> None:
         self._writer = writer
         self._reader = reader
         self._writing, self._reading = threads
         self._metrics = metrics
         self._max_pending = max_pending
+        self._failed = failed
+        self._last_commit: Commit | None = None
         self._pending: deque[_Write] = deque()
         self._wake = asyncio.Event()
         self._closing = False
@@ -88,7 +103,14 @@ class Database:
         metrics.watch_store(self._pending.__len__)
 
     @classmethod
-    async def open(cls, path: Path, *, metrics: ControlMetrics, max_pending: int = MAX_PENDING) -> "Database":
+    async def open(
+        cls,
+        path: Path,
+        *,
+        metrics: ControlMetrics,
+        max_pending: int = MAX_PENDING,
+        failed: Callable[[sqlite3.Error], None] = _nothing,
+    ) -> "Database":
         """Open the file, creating it and its folder when they are not there, and bring its tables up to this version.
 
         Raises:
@@ -105,12 +127,22 @@ class Database:
         except StoreError:
             _stop(threads)
             raise
-        return cls(writer, reader, threads, metrics=metrics, max_pending=max_pending)
+        return cls(writer, reader, threads, metrics=metrics, max_pending=max_pending, failed=failed)
 
     @property
     def pending(self) -> int:
         """Writes that are not on the disk yet."""
         return len(self._pending)
+
+    @property
+    def pending_since(self) -> float | None:
+        """Since when the oldest of them waits (`time.monotonic`); None when there are none."""
+        return self._pending[0].queued_at if self._pending else None
+
+    @property
+    def last_commit(self) -> Commit | None:
+        """The newest one; None before the first."""
+        return self._last_commit
 
     def submit(
         self,
@@ -127,7 +159,7 @@ class Database:
         if len(self._pending) >= self._max_pending or self._task.done():
             given_up("the queue of the store is full" if not self._task.done() else "the store is closed")
             return
-        self._pending.append(_Write(tuple(statements), committed, given_up))
+        self._pending.append(_Write(time.monotonic(), tuple(statements), committed, given_up))
         self._wake.set()
 
     async def write(self, statements: Sequence[Statement]) -> None:
@@ -197,12 +229,13 @@ class Database:
                 await self._wake.wait()
                 continue
             group = [self._pending[index] for index in range(min(len(self._pending), _MAX_GROUP))]
-            began = time.perf_counter()
+            began = time.monotonic()
             try:
                 faults = await loop.run_in_executor(self._writing, _commit, self._writer, group)
             except sqlite3.Error as error:
                 self._metrics.error("store", "write_failed")
                 _log.error("store.write_failed", error=str(error), pending=len(self._pending), retry_s=retry_s)
+                self._call(self._failed, error)
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _RETRY_MOST_S)
                 continue
@@ -214,7 +247,9 @@ class Database:
                     self._call(self._pending.popleft().given_up, "a bug of the store; the log has it")
                 continue
             retry_s = _RETRY_FIRST_S
-            self._metrics.committed(time.perf_counter() - began)
+            ended = time.monotonic()
+            self._last_commit = Commit(ended - began, ended)
+            self._metrics.committed(ended - began)
             for index, write in enumerate(group):
                 self._pending.popleft()
                 if index in faults:
@@ -224,7 +259,7 @@ class Database:
                 else:
                     self._call(write.committed)
 
-    def _call(self, callback: Callable[..., None], *arguments: str) -> None:
+    def _call(self, callback: Callable[..., None], *arguments: object) -> None:
         try:
             callback(*arguments)
         except Exception:  # noqa: BLE001 - the boundary

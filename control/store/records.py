@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+import structlog
 
 from control.pbx.records import (
     CallDirection,
@@ -33,6 +34,9 @@ _INSERT = (
     " ON CONFLICT (call_id) DO NOTHING"
 )
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM call_records"  # noqa: S608 - made of constants
+_AFTER = f"SELECT id, {', '.join(_COLUMNS)} FROM call_records WHERE id > ? ORDER BY id LIMIT ?"  # noqa: S608 - as above
+
+_log = structlog.get_logger(__name__)
 
 
 class RecordStore:
@@ -85,6 +89,29 @@ class RecordStore:
             return connection.execute(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments).fetchall()
 
         return [_from_row(row) for row in await self._database.read(query)]
+
+    async def after(self, record_id: int, limit: int) -> list[tuple[int, CallRecord | None]]:
+        """The records committed behind the one of this id, with their ids, oldest first; 0 is before the first.
+
+        None stands for a record that cannot be read, which is logged: it must not bar the way to those behind it.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+
+        def query(connection: sqlite3.Connection) -> list[Any]:
+            return connection.execute(_AFTER, (record_id, limit)).fetchall()
+
+        return [(row[0], _from_row_if_sound(row)) for row in await self._database.read(query)]
+
+
+def _from_row_if_sound(row: Sequence[Any]) -> CallRecord | None:
+    record_id, *values = row
+    try:
+        return _from_row(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        _log.error("store.record_unreadable", id=record_id, call_id=values[0], error=repr(error))
+        return None
 
 
 def _to_row(record: CallRecord) -> tuple[Any, ...]:
