@@ -70,6 +70,7 @@ class CallFactory:
                     (DEFAULT_MAX_FORWARDS if hops is None else hops) - 1,
                 )
             },
+            caller_record=caller_record(request, event.flow.remote, caller.user, caller.trunk),
             caller_user=caller.user,
             caller_trunk=caller.trunk,
             callee_user=target.user,
@@ -86,7 +87,7 @@ class CallFactory:
         call_id = CallId(self._new_token())
         callee = self._called(target.flow, target.user, parties.caller)
         legs = {LegName.CALLER: session, LegName.CALLEE: callee}
-        return self._call(call_id, parties, legs, request, utc=utc, now=now)
+        return self._call(call_id, parties, legs, request.body, utc=utc, now=now)
 
     def originated(
         self, call_id: CallId, caller: OriginatedParty, callee: OriginatedParty, *, utc: datetime, now: float
@@ -111,7 +112,7 @@ class CallFactory:
             LegName.CALLER: self._called(to_caller.flow, to_caller.user, callee.route.number),
             LegName.CALLEE: self._called(to_callee.flow, to_callee.user, caller.route.number),
         }
-        return self._call(call_id, parties, legs, None, utc=utc, now=now)
+        return self._call(call_id, parties, legs, b"", utc=utc, now=now)
 
     def _invitation(self, target: Target, other: OriginatedParty) -> Invitation:
         shown = NameAddr(self._uri(other.route.number, target.flow), self._display_name(other.route.targets[0].user))
@@ -123,7 +124,7 @@ class CallFactory:
         call_id: CallId,
         parties: Parties,
         legs: dict[LegName, InviteSession],
-        request: Request | None,
+        offer: bytes,
         *,
         utc: datetime,
         now: float,
@@ -142,10 +143,9 @@ class CallFactory:
             parties,
             caller=legs[LegName.CALLER],
             callee=legs[LegName.CALLEE],
-            leg_records=_leg_records(request),
             media=media,
             limits=self._limits,
-            offer=b"" if request is None else request.body,
+            offer=offer,
             utc=utc,
             now=now,
         )
@@ -186,35 +186,6 @@ def caller_record(request: Request, remote: Address, user: str | None, trunk: st
         trunk=trunk,
         user=user,
         user_agent=request.user_agent,
-    )
-
-
-def _leg_records(request: Request | None) -> Callable[[Call], tuple[LegRecord, ...]]:
-    """Makes the records of both legs when the call has ended, with the parties as they stood on the wire."""
-
-    def legs(call: Call) -> tuple[LegRecord, ...]:
-        parties = call.parties
-        user, trunk = parties.caller_user, parties.caller_trunk
-        if request is None:
-            caller = _called_record(call, LegName.CALLER, user, trunk)
-        else:
-            caller = caller_record(request, call.legs[LegName.CALLER].flow.remote, user, trunk)
-        return caller, _called_record(call, LegName.CALLEE, parties.callee_user, parties.callee_trunk)
-
-    return legs
-
-
-def _called_record(call: Call, leg: LegName, user: str | None, trunk: str | None) -> LegRecord:
-    session, invitation = call.legs[leg], call.parties.invitations[leg]
-    return LegRecord(
-        name=leg,
-        sip_call_id=session.sip_call_id,
-        from_uri=str(invitation.from_.uri),
-        to_uri=str(invitation.to.uri),
-        remote=str(session.flow.remote),
-        trunk=trunk,
-        user=user,
-        user_agent=session.peer_product,
     )
 
 

@@ -10,8 +10,8 @@ RFC 3725 section 4.3, save that the callee is asked what the caller can do inste
 Left out: several targets at once, redirects, transfer.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final, assert_never
 
@@ -61,6 +61,7 @@ from control.sip.session import (
     StackEvent,
 )
 from control.sip.session import Output as SessionOutput
+from control.sip.snapshot import Moment
 
 RELEASE_TIMEOUT_S: Final = 10.0
 
@@ -117,12 +118,16 @@ class Invitation:
 
 @dataclass(frozen=True, slots=True)
 class Parties:
-    """Who is on a call: for the record, and as the legs that we call show them."""
+    """Who is on a call: for the record, and as the legs that we call show them.
+
+    `caller_record` is what the caller's INVITE said of it, None for an originated call.
+    """
 
     direction: CallDirection
     caller: str
     callee: str
     invitations: Mapping[LegName, Invitation]
+    caller_record: LegRecord | None = None
     caller_user: str | None = None
     caller_trunk: str | None = None
     callee_user: str | None = None
@@ -153,9 +158,9 @@ class _Times:
     """Moments of the call in monotonic seconds; `utc` is the wall clock at `invited`: a stepped clock bends nothing."""
 
     utc: datetime
-    invited: float
-    ringing: float | None = None
-    answered: float | None = None
+    invited: Moment
+    ringing: Moment | None = None
+    answered: Moment | None = None
 
     def at(self, moment: float | None) -> datetime | None:
         return None if moment is None else self.utc + timedelta(seconds=moment - self.invited)
@@ -171,14 +176,13 @@ class Call:
     call_id: CallId
     parties: Parties
     legs: dict[LegName, InviteSession]
-    leg_records: Callable[["Call"], tuple[LegRecord, ...]]
     media: CallMedia
     limits: CallLimits
     offer: bytes
     times: _Times
     state: CallState = CallState.RESERVING
     termination: Termination | None = None
-    _deadline: float | None = None
+    _deadline: Moment | None = None
     _media_open: bool = False
     _pending: _PendingOffer | None = None
     _callee_sdp: SessionDescription | None = None
@@ -195,7 +199,6 @@ class Call:
         *,
         caller: InviteSession,
         callee: InviteSession,
-        leg_records: Callable[["Call"], tuple[LegRecord, ...]],
         media: CallMedia,
         limits: CallLimits,
         offer: bytes,
@@ -204,7 +207,7 @@ class Call:
     ) -> "Call":
         """A call that the caller's session asks for, with the body of its INVITE as `offer`; or an originated one."""
         legs = {LegName.CALLER: caller, LegName.CALLEE: callee}
-        return cls(call_id, parties, legs, leg_records, media, limits, offer, _Times(utc, now))
+        return cls(call_id, parties, legs, media, limits, offer, _Times(utc, now))
 
     # ---- inputs ----------------------------------------------------------------------------------------------------
 
@@ -593,9 +596,28 @@ class Call:
             setup_s=until - times.invited,
             duration_s=0.0 if times.answered is None else now - times.answered,
             termination=end,
-            legs=self.leg_records(self),
+            legs=tuple(self._leg_record(leg) for leg in LegName),
             streams=streams or (),
             media_complete=streams is not None,
+        )
+
+    def _leg_record(self, leg: LegName) -> LegRecord:
+        """The leg with its parties as they stood on the wire."""
+        parties, session = self.parties, self.legs[leg]
+        remote = str(session.flow.remote)
+        if leg is LegName.CALLER and parties.caller_record is not None:
+            return replace(parties.caller_record, remote=remote)
+        invitation = parties.invitations[leg]
+        is_caller = leg is LegName.CALLER
+        return LegRecord(
+            name=leg,
+            sip_call_id=session.sip_call_id,
+            from_uri=str(invitation.from_.uri),
+            to_uri=str(invitation.to.uri),
+            remote=remote,
+            trunk=parties.caller_trunk if is_caller else parties.callee_trunk,
+            user=parties.caller_user if is_caller else parties.callee_user,
+            user_agent=session.peer_product,
         )
 
     # ---- building blocks -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from control.sip.transaction import (
     Action,
     ClientTransaction,
     Event,
+    SavedTransaction,
     ServerTransaction,
     State,
     Timers,
@@ -321,6 +322,22 @@ class SipStack:
         return self._feed(self._clients.get(transaction), Event.CANCEL, now)
 
     # --------------------------------------------------------------------------------------------------------- timers
+
+    def save(self, transactions: Iterable[TransactionId]) -> tuple[SavedTransaction, ...]:
+        """Those of these transactions that are alive, as plain data."""
+        alive = (self._clients.get(id_) or self._servers.get(id_) for id_ in transactions)
+        return tuple(transaction.save() for transaction in alive if transaction is not None)
+
+    def restore(self, saved: SavedTransaction, now: float) -> None:
+        """Take up a transaction of an earlier process: it goes on where it was, timers that are overdue fire next."""
+        transaction: ClientTransaction | ServerTransaction
+        if saved.request is not None:
+            transaction = ClientTransaction(saved.request, saved.id, saved.flow, self._timers, now)
+            self._clients[saved.id] = transaction
+        else:
+            transaction = self._start_server(saved.merge_key, saved.id, saved.flow, now)
+        transaction.restore(saved)
+        self._schedule(transaction)
 
     def handle_timer(self, now: float) -> list[Output]:
         """Fire what is due."""

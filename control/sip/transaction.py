@@ -10,12 +10,13 @@ Left out: reliable transports, for which timers A, E and G never run and D, I, J
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
 from control.sip.address import Flow
 from control.sip.message import Request
+from control.sip.snapshot import Moment
 
 
 class State(StrEnum):
@@ -309,6 +310,20 @@ class _Timer(NamedTuple):
     interval_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class SavedTransaction:
+    """A running transaction as plain data (control.sip.snapshot); `request` is a client's, `merge_key` a server's."""
+
+    id: TransactionId
+    flow: Flow
+    state: State
+    last_sent: bytes
+    last_status: int | None
+    running: tuple[tuple[Moment, Event, float], ...]
+    request: Request | None = None
+    merge_key: tuple[str, str, str] | None = None
+
+
 class Transaction:
     """One running machine with its timers. Subclasses add what client and server must remember."""
 
@@ -358,6 +373,18 @@ class Transaction:
         """When `handle_timer` wants to be called."""
         return self._timers[0].deadline if self._timers else None
 
+    def save(self) -> SavedTransaction:
+        """Everything that `restore` needs to go on in another process."""
+        running = tuple((timer.deadline, timer.event, timer.interval_s) for timer in self._timers)
+        return SavedTransaction(self.id, self.flow, self.state, self.last_sent, self.last_status, running)
+
+    def restore(self, saved: SavedTransaction) -> None:
+        """Take the place of the transaction that was saved."""
+        self.state = saved.state
+        self.last_sent = saved.last_sent
+        self.last_status = saved.last_status
+        self._timers = sorted(_Timer(*timer) for timer in saved.running)
+
     def _enter(self, state: State, now: float) -> None:
         self.state = state
         if self._timers:
@@ -382,6 +409,10 @@ class ClientTransaction(Transaction):
         super().__init__(machine, transaction_id, flow, timers, now)
         self.request = request
 
+    def save(self) -> SavedTransaction:
+        """As every transaction, with its request."""
+        return replace(super().save(), request=self.request)
+
 
 class ServerTransaction(Transaction):
     """A server transaction; `merge_key` finds the same request on another path (RFC 3261 section 8.2.2.2)."""
@@ -399,3 +430,7 @@ class ServerTransaction(Transaction):
         machine = INVITE_SERVER if transaction_id.method == "INVITE" else NON_INVITE_SERVER
         super().__init__(machine, transaction_id, flow, timers, now)
         self.merge_key = merge_key
+
+    def save(self) -> SavedTransaction:
+        """As every transaction, with what finds the same request on another path."""
+        return replace(super().save(), merge_key=self.merge_key)

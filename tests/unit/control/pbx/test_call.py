@@ -1,6 +1,6 @@
 """Call: two legs joined and their media, without stack and data plane."""
 
-from collections.abc import Callable
+import json
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import TypeVar
@@ -31,11 +31,12 @@ from control.pbx.media import (
     MediaOpened,
     MediaUpdated,
 )
-from control.pbx.records import CallDirection, CallEventKind, CallId, CallRecord, CallState, LegName
+from control.pbx.records import CallDirection, CallEventKind, CallId, CallRecord, CallState, LegName, LegRecord
 from control.sip.address import Address
 from control.sip.headers import NameAddr
 from control.sip.sdp import Direction, SessionDescription
 from control.sip.session import InviteSession, LocalParty, SendAck, SendCancel, SendRequest, SendResponse, StackEvent
+from control.sip.snapshot import restore, save
 from control.sip.stack import (
     AckReceived,
     CancelReceived,
@@ -68,16 +69,33 @@ TO_CALLER = Invitation(
     NameAddr.parse("<sip:1001@192.0.2.10>"),
     max_forwards=70,
 )
+CALLER_RECORD = LegRecord(
+    LegName.CALLER,
+    "call-1@192.0.2.10",
+    "sip:1001@example.test",
+    "sip:1002@example.test",
+    "192.0.2.10:5060",
+    user="1001",
+)
 CONTACT = ("Contact", "<sip:1002@192.0.2.20:5060>")
 Kind = TypeVar("Kind")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["living", "reborn"])
+def reborn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs twice: with one call from beginning to end, and with a call that dies after each step and is made
+    again out of what was saved of it, in a process with another monotonic clock."""
+    monkeypatch.setattr(Rig, "reborn", request.param)
 
 
 class Rig:
     """A call with the peers' side of it played by hand; `effects` are those of the last step."""
 
+    reborn = False
+
     def __init__(self, *, offer: bytes = sdp(), symmetric: bool = False, originated: bool = False) -> None:
         tokens = count(1)
-        new_token: Callable[[], str] = lambda: f"t{next(tokens)}"  # noqa: E731
+        self.new_token = new_token = lambda: f"t{next(tokens)}"
 
         def called(host: str, other: str) -> InviteSession:
             return InviteSession.of_callee(
@@ -111,10 +129,10 @@ class Rig:
                 "1001",
                 "1002",
                 {LegName.CALLEE: TO_CALLEE, **({LegName.CALLER: TO_CALLER} if originated else {})},
+                None if originated else CALLER_RECORD,
             ),
             caller=self.caller,
             callee=callee,
-            leg_records=lambda _: (),
             media=CallMedia.between(
                 "call-1",
                 MediaMode.BYPASS,
@@ -135,7 +153,17 @@ class Rig:
         self.now = 100.0
         self.did(self.call.start(self.now))
 
+    def die(self) -> None:
+        saved = json.dumps(save(self.call))
+        later = 5000.0
+        callables = {"new_token": self.new_token, "random": lambda: 0.5}
+        self.call = restore(Call, json.loads(saved), offset_s=later, callables=callables)
+        self.now += later
+        self.caller = self.call.legs[LegName.CALLER]
+
     def did(self, effects: list[Effect]) -> list[Effect]:
+        if self.reborn:
+            self.die()
         self.effects = effects
         for effect in effects:
             if isinstance(effect, Publish):
@@ -270,12 +298,12 @@ def test_update_that_came_of_early_media_is_not_taken_for_that_of_the_answer() -
 
 def test_call_has_its_events_in_order_and_one_record() -> None:
     rig = Rig().opened()
-    rig.now = 101.0
+    rig.now += 1.0
     rig.callee_answers(180)
-    rig.now = 104.0
+    rig.now += 3.0
     rig.callee_answers(200, CALLEE_SDP).updated()
     rig.caller_sends("ACK", 1)
-    rig.now = 110.5
+    rig.now += 6.5
     rig.caller_sends("BYE", 2)
     assert rig.statuses() == [(200, "BYE")]
     assert rig.methods() == ["BYE"]
@@ -330,8 +358,8 @@ def test_callee_that_is_silent_at_last() -> None:
 
 def test_ring_timeout_cancels_the_callee() -> None:
     rig = Rig().opened().callee_answers(180)
-    assert rig.call.next_deadline() == 130.0
-    rig.did(rig.call.handle_timer(130.0))
+    assert rig.call.next_deadline() == rig.now + LIMITS.ring_timeout_s
+    rig.did(rig.call.handle_timer(rig.now + LIMITS.ring_timeout_s))
     assert rig.statuses() == [(480, "INVITE")]
     rig.one(SendCancel)
     assert rig.closed().ending() == ("no_answer", "ring-timeout", 480)
@@ -348,8 +376,8 @@ def test_caller_that_gives_up_cancels_the_callee() -> None:
 
 def test_longest_call_ends() -> None:
     rig = Rig().answered()
-    assert rig.call.next_deadline() == 3700.0
-    rig.did(rig.call.handle_timer(3700.0))
+    assert rig.call.next_deadline() == rig.now + LIMITS.max_duration_s
+    rig.did(rig.call.handle_timer(rig.now + LIMITS.max_duration_s))
     assert rig.methods() == ["BYE", "BYE"]
     assert rig.closed().ending() == ("answered", "max-duration", 200)
 
