@@ -4,6 +4,7 @@ These values mirror sippbx.media.v1 without its wire format, so that call logic 
 translates.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -71,6 +72,54 @@ class LocalPorts:
     rtcp_port: int
 
 
+@dataclass(frozen=True, slots=True)
+class LearnedSource:
+    """The source that the data plane locked for a far end on a line; packets from elsewhere are not accepted any more.
+
+    It holds as long as `signalled`, the RTP address that was signalled when it was locked, is the far end's: see
+    `still_learned`. `rtp` and `rtcp` are None where nothing is locked; `rtcp` also where RTCP comes with RTP.
+    """
+
+    leg: LegName
+    line: int
+    signalled: Address
+    rtp: Address | None
+    rtcp: Address | None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredSession:
+    """A media session that an earlier process of the control plane had.
+
+    `first_port` is that of its port block: see `first_port_of`. `interruptions` and `gap_s` are the last sums that
+    MediaInterrupted told.
+    """
+
+    spec: MediaSpec
+    first_port: int
+    learned: tuple[LearnedSource, ...] = ()
+    interruptions: int = 0
+    gap_s: float = 0.0
+
+
+def first_port_of(ports: Iterable[LocalPorts]) -> int:
+    """The first port of the block that `ports` are of: the caller's lines begin there, two ports to a line.
+
+    Raises:
+        ValueError: none of them is the caller's.
+    """
+    for pair in ports:
+        if pair.leg is LegName.CALLER:
+            return pair.rtp_port - 2 * pair.line
+    raise ValueError("no port of the caller's leg is known")
+
+
+def still_learned(spec: MediaSpec, learned: Iterable[LearnedSource]) -> tuple[LearnedSource, ...]:
+    """Those of `learned` that hold under `spec`: their far end's signalled address has not changed since."""
+    signalled = {(endpoint.leg, endpoint.line, endpoint.remote_rtp) for endpoint in spec.endpoints}
+    return tuple(source for source in learned if (source.leg, source.line, source.signalled) in signalled)
+
+
 class MediaFailure(StrEnum):
     """Why the data plane could not do what was asked."""
 
@@ -108,10 +157,32 @@ class MediaFailed:
 
 @dataclass(frozen=True, slots=True)
 class MediaClosed:
-    """The session is gone; `streams` is None when its statistics could not be had."""
+    """The session is gone; `streams` is None when its statistics could not be had.
+
+    `interruptions` and `gap_s` tell how often and how long in all it was without a relay.
+    """
 
     session_id: str
     streams: tuple[StreamRecord, ...] | None
+    interruptions: int = 0
+    gap_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MediaLatched:
+    """The data plane locked a source of the session; it replaces what was told of the same leg and line before."""
+
+    session_id: str
+    source: LearnedSource
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInterrupted:
+    """The session was without a relay and has one again; `interruptions` and `gap_s` are sums since its beginning."""
+
+    session_id: str
+    interruptions: int
+    gap_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +193,4 @@ class MediaLost:
     detail: str
 
 
-MediaInput = MediaOpened | MediaUpdated | MediaFailed | MediaClosed | MediaLost
+MediaInput = MediaOpened | MediaUpdated | MediaFailed | MediaLatched | MediaInterrupted | MediaClosed | MediaLost

@@ -22,34 +22,37 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from sippbx.media.v1 import node_pb2 as sippbx_dot_media_dot_v1_dot_node__pb2
 from sippbx.media.v1 import session_pb2 as sippbx_dot_media_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsippbx/media/v1/event.proto\x12\x0fsippbx.media.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asippbx/media/v1/node.proto\x1a\x1dsippbx/media/v1/session.proto\"\x81\x01\n\x0b\x46irstPacket\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x36\n\x06source\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\x06source\"\xb9\x01\n\rSourceLatched\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x36\n\x06source\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\x06source\x12\x34\n\x16\x64iffers_from_signalled\x18\x04 \x01(\x08R\x14\x64iffersFromSignalled\"\x8b\x01\n\x07Silence\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x44\n\x10last_packet_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0elastPacketTime\"E\n\x07Resumed\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\"\x88\x01\n\rSessionClosed\x12\x34\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.sippbx.media.v1.CloseReasonR\x06reason\x12\x41\n\nstatistics\x18\x02 \x03(\x0b\x32!.sippbx.media.v1.StreamStatisticsR\nstatistics\"1\n\nEventsLost\x12#\n\rnext_sequence\x18\x01 \x01(\x04R\x0cnextSequence\"H\n\x0f\x43\x61pacityChanged\x12\x35\n\x08\x63\x61pacity\x18\x01 \x01(\x0b\x32\x19.sippbx.media.v1.CapacityR\x08\x63\x61pacity\"\xdb\x04\n\nMediaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x1d\n\nsession_id\x18\x03 \x01(\tR\tsessionId\x12\x41\n\x0c\x66irst_packet\x18\x04 \x01(\x0b\x32\x1c.sippbx.media.v1.FirstPacketH\x00R\x0b\x66irstPacket\x12G\n\x0esource_latched\x18\x05 \x01(\x0b\x32\x1e.sippbx.media.v1.SourceLatchedH\x00R\rsourceLatched\x12\x34\n\x07silence\x18\x06 \x01(\x0b\x32\x18.sippbx.media.v1.SilenceH\x00R\x07silence\x12\x34\n\x07resumed\x18\x07 \x01(\x0b\x32\x18.sippbx.media.v1.ResumedH\x00R\x07resumed\x12G\n\x0esession_closed\x18\x08 \x01(\x0b\x32\x1e.sippbx.media.v1.SessionClosedH\x00R\rsessionClosed\x12>\n\x0b\x65vents_lost\x18\t \x01(\x0b\x32\x1b.sippbx.media.v1.EventsLostH\x00R\neventsLost\x12M\n\x10\x63\x61pacity_changed\x18\n \x01(\x0b\x32 .sippbx.media.v1.CapacityChangedH\x00R\x0f\x63\x61pacityChangedB\x07\n\x05\x65vent*\x9b\x01\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43LOSE_REASON_DELETED\x10\x01\x12\x1b\n\x17\x43LOSE_REASON_OWNER_LOST\x10\x02\x12\x1c\n\x18\x43LOSE_REASON_WORKER_LOST\x10\x03\x12\x19\n\x15\x43LOSE_REASON_SHUTDOWN\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsippbx/media/v1/event.proto\x12\x0fsippbx.media.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asippbx/media/v1/node.proto\x1a\x1dsippbx/media/v1/session.proto\"\x81\x01\n\x0b\x46irstPacket\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x36\n\x06source\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\x06source\"\xb8\x02\n\rSourceLatched\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x36\n\x06source\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\x06source\x12\x34\n\x16\x64iffers_from_signalled\x18\x04 \x01(\x08R\x14\x64iffersFromSignalled\x12?\n\x0brtcp_source\x18\x05 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\nrtcpSource\x12<\n\tsignalled\x18\x06 \x01(\x0b\x32\x1e.sippbx.media.v1.SocketAddressR\tsignalled\"\x8b\x01\n\x07Silence\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\x12\x44\n\x10last_packet_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x0elastPacketTime\"E\n\x07Resumed\x12&\n\x03leg\x18\x01 \x01(\x0e\x32\x14.sippbx.media.v1.LegR\x03leg\x12\x12\n\x04line\x18\x02 \x01(\rR\x04line\"\x88\x01\n\rSessionClosed\x12\x34\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.sippbx.media.v1.CloseReasonR\x06reason\x12\x41\n\nstatistics\x18\x02 \x03(\x0b\x32!.sippbx.media.v1.StreamStatisticsR\nstatistics\"1\n\nEventsLost\x12#\n\rnext_sequence\x18\x01 \x01(\x04R\x0cnextSequence\"H\n\x0f\x43\x61pacityChanged\x12\x35\n\x08\x63\x61pacity\x18\x01 \x01(\x0b\x32\x19.sippbx.media.v1.CapacityR\x08\x63\x61pacity\"?\n\x10RelayInterrupted\x12+\n\x03gap\x18\x01 \x01(\x0b\x32\x19.google.protobuf.DurationR\x03gap\"\xad\x05\n\nMediaEvent\x12\x1a\n\x08sequence\x18\x01 \x01(\x04R\x08sequence\x12\x39\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTime\x12\x1d\n\nsession_id\x18\x03 \x01(\tR\tsessionId\x12\x41\n\x0c\x66irst_packet\x18\x04 \x01(\x0b\x32\x1c.sippbx.media.v1.FirstPacketH\x00R\x0b\x66irstPacket\x12G\n\x0esource_latched\x18\x05 \x01(\x0b\x32\x1e.sippbx.media.v1.SourceLatchedH\x00R\rsourceLatched\x12\x34\n\x07silence\x18\x06 \x01(\x0b\x32\x18.sippbx.media.v1.SilenceH\x00R\x07silence\x12\x34\n\x07resumed\x18\x07 \x01(\x0b\x32\x18.sippbx.media.v1.ResumedH\x00R\x07resumed\x12G\n\x0esession_closed\x18\x08 \x01(\x0b\x32\x1e.sippbx.media.v1.SessionClosedH\x00R\rsessionClosed\x12>\n\x0b\x65vents_lost\x18\t \x01(\x0b\x32\x1b.sippbx.media.v1.EventsLostH\x00R\neventsLost\x12M\n\x10\x63\x61pacity_changed\x18\n \x01(\x0b\x32 .sippbx.media.v1.CapacityChangedH\x00R\x0f\x63\x61pacityChanged\x12P\n\x11relay_interrupted\x18\x0b \x01(\x0b\x32!.sippbx.media.v1.RelayInterruptedH\x00R\x10relayInterruptedB\x07\n\x05\x65vent*\x9b\x01\n\x0b\x43loseReason\x12\x1c\n\x18\x43LOSE_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43LOSE_REASON_DELETED\x10\x01\x12\x1b\n\x17\x43LOSE_REASON_OWNER_LOST\x10\x02\x12\x1c\n\x18\x43LOSE_REASON_WORKER_LOST\x10\x03\x12\x19\n\x15\x43LOSE_REASON_SHUTDOWN\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sippbx.media.v1.event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLOSEREASON']._serialized_start=1544
-  _globals['_CLOSEREASON']._serialized_end=1699
-  _globals['_FIRSTPACKET']._serialized_start=141
-  _globals['_FIRSTPACKET']._serialized_end=270
-  _globals['_SOURCELATCHED']._serialized_start=273
-  _globals['_SOURCELATCHED']._serialized_end=458
-  _globals['_SILENCE']._serialized_start=461
-  _globals['_SILENCE']._serialized_end=600
-  _globals['_RESUMED']._serialized_start=602
-  _globals['_RESUMED']._serialized_end=671
-  _globals['_SESSIONCLOSED']._serialized_start=674
-  _globals['_SESSIONCLOSED']._serialized_end=810
-  _globals['_EVENTSLOST']._serialized_start=812
-  _globals['_EVENTSLOST']._serialized_end=861
-  _globals['_CAPACITYCHANGED']._serialized_start=863
-  _globals['_CAPACITYCHANGED']._serialized_end=935
-  _globals['_MEDIAEVENT']._serialized_start=938
-  _globals['_MEDIAEVENT']._serialized_end=1541
+  _globals['_CLOSEREASON']._serialized_start=1850
+  _globals['_CLOSEREASON']._serialized_end=2005
+  _globals['_FIRSTPACKET']._serialized_start=173
+  _globals['_FIRSTPACKET']._serialized_end=302
+  _globals['_SOURCELATCHED']._serialized_start=305
+  _globals['_SOURCELATCHED']._serialized_end=617
+  _globals['_SILENCE']._serialized_start=620
+  _globals['_SILENCE']._serialized_end=759
+  _globals['_RESUMED']._serialized_start=761
+  _globals['_RESUMED']._serialized_end=830
+  _globals['_SESSIONCLOSED']._serialized_start=833
+  _globals['_SESSIONCLOSED']._serialized_end=969
+  _globals['_EVENTSLOST']._serialized_start=971
+  _globals['_EVENTSLOST']._serialized_end=1020
+  _globals['_CAPACITYCHANGED']._serialized_start=1022
+  _globals['_CAPACITYCHANGED']._serialized_end=1094
+  _globals['_RELAYINTERRUPTED']._serialized_start=1096
+  _globals['_RELAYINTERRUPTED']._serialized_end=1159
+  _globals['_MEDIAEVENT']._serialized_start=1162
+  _globals['_MEDIAEVENT']._serialized_end=1847
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -88,7 +89,9 @@ Global___FirstPacket: _TypeAlias = FirstPacket  # noqa: Y015
 
 @_typing.final
 class SourceLatched(_message.Message):
-    """A source was locked: packets of this far end are accepted from nowhere else until the next generation."""
+    """A source was locked: packets of this far end are accepted from nowhere else until another address is signalled. Sent
+    for RTP and for RTCP, each time with all that is locked.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -96,15 +99,25 @@ class SourceLatched(_message.Message):
     LINE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     DIFFERS_FROM_SIGNALLED_FIELD_NUMBER: _builtins.int
+    RTCP_SOURCE_FIELD_NUMBER: _builtins.int
+    SIGNALLED_FIELD_NUMBER: _builtins.int
     leg: _session_pb2.Leg.ValueType
     """The side."""
     line: _builtins.int
     """The line."""
     differs_from_signalled: _builtins.bool
-    """It is not the address that was signalled."""
+    """The source of RTP is not the address that was signalled."""
     @_builtins.property
     def source(self) -> _session_pb2.SocketAddress:
-        """The source that is accepted."""
+        """The source that RTP is accepted from; absent while it is not locked."""
+
+    @_builtins.property
+    def rtcp_source(self) -> _session_pb2.SocketAddress:
+        """The source that RTCP is accepted from; absent while it is not locked, and with rtcp_mux."""
+
+    @_builtins.property
+    def signalled(self) -> _session_pb2.SocketAddress:
+        """The address that was signalled for RTP of this far end when this was locked."""
 
     def __init__(
         self,
@@ -113,10 +126,12 @@ class SourceLatched(_message.Message):
         line: _builtins.int = ...,
         source: _session_pb2.SocketAddress | None = ...,
         differs_from_signalled: _builtins.bool = ...,
+        rtcp_source: _session_pb2.SocketAddress | None = ...,
+        signalled: _session_pb2.SocketAddress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rtcp_source", b"rtcp_source", "signalled", b"signalled", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["differs_from_signalled", b"differs_from_signalled", "leg", b"leg", "line", b"line", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differs_from_signalled", b"differs_from_signalled", "leg", b"leg", "line", b"line", "rtcp_source", b"rtcp_source", "signalled", b"signalled", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,6 +270,32 @@ class CapacityChanged(_message.Message):
 Global___CapacityChanged: _TypeAlias = CapacityChanged  # noqa: Y015
 
 @_typing.final
+class RelayInterrupted(_message.Message):
+    """No packet was relayed for a while, because the relay itself failed; now it is back, with every session that was not
+    reported closed. An event of the data plane itself.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GAP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def gap(self) -> _duration_pb2.Duration:
+        """For how long."""
+
+    def __init__(
+        self,
+        *,
+        gap: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayInterrupted: _TypeAlias = RelayInterrupted  # noqa: Y015
+
+@_typing.final
 class MediaEvent(_message.Message):
     """Something happened to a session or to the data plane."""
 
@@ -270,6 +311,7 @@ class MediaEvent(_message.Message):
     SESSION_CLOSED_FIELD_NUMBER: _builtins.int
     EVENTS_LOST_FIELD_NUMBER: _builtins.int
     CAPACITY_CHANGED_FIELD_NUMBER: _builtins.int
+    RELAY_INTERRUPTED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Grows by one with each event of this instance."""
     session_id: _builtins.str
@@ -306,6 +348,10 @@ class MediaEvent(_message.Message):
     def capacity_changed(self) -> Global___CapacityChanged:
         """Room changed."""
 
+    @_builtins.property
+    def relay_interrupted(self) -> Global___RelayInterrupted:
+        """Relay back."""
+
     def __init__(
         self,
         *,
@@ -319,12 +365,13 @@ class MediaEvent(_message.Message):
         session_closed: Global___SessionClosed | None = ...,
         events_lost: Global___EventsLost | None = ...,
         capacity_changed: Global___CapacityChanged | None = ...,
+        relay_interrupted: Global___RelayInterrupted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity_changed", b"capacity_changed", "event", b"event", "event_time", b"event_time", "events_lost", b"events_lost", "first_packet", b"first_packet", "resumed", b"resumed", "session_closed", b"session_closed", "silence", b"silence", "source_latched", b"source_latched"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity_changed", b"capacity_changed", "event", b"event", "event_time", b"event_time", "events_lost", b"events_lost", "first_packet", b"first_packet", "relay_interrupted", b"relay_interrupted", "resumed", b"resumed", "session_closed", b"session_closed", "silence", b"silence", "source_latched", b"source_latched"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_changed", b"capacity_changed", "event", b"event", "event_time", b"event_time", "events_lost", b"events_lost", "first_packet", b"first_packet", "resumed", b"resumed", "sequence", b"sequence", "session_closed", b"session_closed", "session_id", b"session_id", "silence", b"silence", "source_latched", b"source_latched"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_changed", b"capacity_changed", "event", b"event", "event_time", b"event_time", "events_lost", b"events_lost", "first_packet", b"first_packet", "relay_interrupted", b"relay_interrupted", "resumed", b"resumed", "sequence", b"sequence", "session_closed", b"session_closed", "session_id", b"session_id", "silence", b"silence", "source_latched", b"source_latched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["first_packet", "source_latched", "silence", "resumed", "session_closed", "events_lost", "capacity_changed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["first_packet", "source_latched", "silence", "resumed", "session_closed", "events_lost", "capacity_changed", "relay_interrupted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -74,27 +74,37 @@ Global___AcquireResponse: _TypeAlias = AcquireResponse  # noqa: Y015
 
 @_typing.final
 class CreateSession(_message.Message):
-    """Makes a session. Repeating it gives the same session again."""
+    """Makes a session. Repeating it gives the same session again. A session that an earlier instance of the data plane had
+    goes on with the statistics that are remembered of it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
     FIRST_PORT_FIELD_NUMBER: _builtins.int
+    LEARNED_SOURCES_FIELD_NUMBER: _builtins.int
     first_port: _builtins.int
     """The first port of the block to use: that block is given or the command is refused. 0 takes any free block."""
     @_builtins.property
     def spec(self) -> _session_pb2.SessionSpec:
         """Required. The wanted state."""
 
+    @_builtins.property
+    def learned_sources(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.LearnedSource]:
+        """The sources that were locked for it before. Each is locked at once if its signalled address is the wanted one and
+        the latch policy admits it; else the session learns as any other.
+        """
+
     def __init__(
         self,
         *,
         spec: _session_pb2.SessionSpec | None = ...,
         first_port: _builtins.int = ...,
+        learned_sources: _abc.Iterable[_session_pb2.LearnedSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_port", b"first_port", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_port", b"first_port", "learned_sources", b"learned_sources", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,7 +138,9 @@ Global___UpdateSession: _TypeAlias = UpdateSession  # noqa: Y015
 
 @_typing.final
 class DeleteSession(_message.Message):
-    """Ends a session and gives its statistics. Repeating it gives them again for as long as the tombstone is kept."""
+    """Ends a session and gives its statistics. Repeating it gives them again for as long as the tombstone is kept. For a
+    session that only an earlier instance of the data plane had it gives what is remembered of it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -78,7 +78,8 @@ class MediaServiceServicer:
     """
 
     def Acquire(self, request, context):
-        """Becomes the owner and fences the one before. Codes: INVALID_ARGUMENT, UNAVAILABLE.
+        """Becomes the owner and fences the one before: its streams end, none of its commands begins any more, and those that
+        it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -371,6 +371,52 @@ class SessionSpec(_message.Message):
 Global___SessionSpec: _TypeAlias = SessionSpec  # noqa: Y015
 
 @_typing.final
+class LearnedSource(_message.Message):
+    """The source that was locked for a far end on a line, so that a session that is made again need not learn it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    SIGNALLED_FIELD_NUMBER: _builtins.int
+    RTP_FIELD_NUMBER: _builtins.int
+    RTCP_FIELD_NUMBER: _builtins.int
+    leg: Global___Leg.ValueType
+    """Required. The side."""
+    line: _builtins.int
+    """The line."""
+    @_builtins.property
+    def signalled(self) -> Global___SocketAddress:
+        """Required. The address that was signalled for RTP of this far end when it was locked. What was learned holds as long
+        as that stays.
+        """
+
+    @_builtins.property
+    def rtp(self) -> Global___SocketAddress:
+        """The locked source of RTP; absent where none is."""
+
+    @_builtins.property
+    def rtcp(self) -> Global___SocketAddress:
+        """The locked source of RTCP; absent where none is, and with rtcp_mux."""
+
+    def __init__(
+        self,
+        *,
+        leg: Global___Leg.ValueType = ...,
+        line: _builtins.int = ...,
+        signalled: Global___SocketAddress | None = ...,
+        rtp: Global___SocketAddress | None = ...,
+        rtcp: Global___SocketAddress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rtcp", b"rtcp", "rtp", b"rtp", "signalled", b"signalled"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leg", b"leg", "line", b"line", "rtcp", b"rtcp", "rtp", b"rtp", "signalled", b"signalled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnedSource: _TypeAlias = LearnedSource  # noqa: Y015
+
+@_typing.final
 class LocalEndpoint(_message.Message):
     """The ports that a line of one leg has."""
 
