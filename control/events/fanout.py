@@ -62,7 +62,7 @@ class EventFanOut:
 def _in_unicode(event: Event) -> Event:
     match event:
         case CallEvent():
-            record = None if event.record is None else _record(event.record)
+            record = None if event.record is None else record_in_unicode(event.record)
             return replace(event, caller=_text(event.caller), callee=_text(event.callee), record=record)
         case RegistrationEvent():
             return replace(event, registration=_registration(event.registration))
@@ -90,7 +90,8 @@ def _registration(registration: RegistrationView) -> RegistrationView:
     )
 
 
-def _record(record: CallRecord) -> CallRecord:
+def record_in_unicode(record: CallRecord) -> CallRecord:
+    """The record with text that can be written anywhere."""
     return replace(
         record,
         caller=_text(record.caller),

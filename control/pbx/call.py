@@ -22,6 +22,8 @@ from control.pbx.media import (
     MediaFailed,
     MediaFailure,
     MediaInput,
+    MediaInterrupted,
+    MediaLatched,
     MediaLost,
     MediaOpened,
     MediaSpec,
@@ -254,7 +256,12 @@ class Call:
             case MediaFailed():
                 self._media_failed(event, now)
             case MediaClosed():
+                self.media.interrupted(event.interruptions, event.gap_s)
                 self._ended(event.streams, now)
+            case MediaLatched():
+                self.media.latched(event.source)
+            case MediaInterrupted():
+                self.media.interrupted(event.interruptions, event.gap_s)
             case MediaLost():
                 self._release(self._failure(Reason.MEDIA_LOST, event.detail), now)
             case _:
@@ -265,6 +272,14 @@ class Call:
         """Ends the call, whatever it is doing."""
         self._release(end, now)
         return self._take()
+
+    def record_if_lost(self, now: float) -> CallRecord:
+        """What to keep of the call if its process died now and nobody could take it up again."""
+        answered = self.times.answered is not None
+        end = self.termination or termination.of_failure(
+            Reason.NODE_RESTARTED, "the call could not be taken up again", answered=answered
+        )
+        return self._record(end, None, now)
 
     def view(self) -> CallView:
         """The call as others see it."""
@@ -599,6 +614,8 @@ class Call:
             legs=tuple(self._leg_record(leg) for leg in LegName),
             streams=streams or (),
             media_complete=streams is not None,
+            media_interruptions=self.media.interruptions,
+            media_gap_s=self.media.gap_s,
         )
 
     def _leg_record(self, leg: LegName) -> LegRecord:

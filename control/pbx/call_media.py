@@ -6,7 +6,18 @@ port block for the whole call, so that ports stay the same across re-INVITEs.
 
 from dataclasses import dataclass, field
 
-from control.pbx.media import LatchPolicy, LocalPorts, MediaEndpoint, MediaKind, MediaMode, MediaSpec
+from control.pbx.media import (
+    LatchPolicy,
+    LearnedSource,
+    LocalPorts,
+    MediaEndpoint,
+    MediaKind,
+    MediaMode,
+    MediaSpec,
+    RestoredSession,
+    first_port_of,
+    still_learned,
+)
 from control.pbx.records import LegName
 from control.sip.sdp import Origin, PayloadType, SessionDescription, anchor
 
@@ -47,6 +58,10 @@ class CallMedia:
     sides: dict[LegName, _Side]
     generation: int = 0
     _reserved: bool = False
+    interruptions: int = 0
+    gap_s: float = 0.0
+    _wanted: MediaSpec | None = None
+    _learned: dict[tuple[LegName, int], LearnedSource] = field(default_factory=dict)
     _slots: dict[int, tuple[int, MediaKind]] = field(default_factory=dict)
     _ports: dict[tuple[LegName, int], LocalPorts] = field(default_factory=dict)
 
@@ -111,7 +126,24 @@ class CallMedia:
             for index, (slot, kind) in self._slots.items()
             if self._is_in_use(index)
         ]
-        return MediaSpec(self.session_id, self.generation, self.mode, tuple(endpoints))
+        self._wanted = MediaSpec(self.session_id, self.generation, self.mode, tuple(endpoints))
+        return self._wanted
+
+    def latched(self, source: LearnedSource) -> None:
+        """Takes what the data plane has locked."""
+        self._learned[source.leg, source.line] = source
+
+    def interrupted(self, interruptions: int, gap_s: float) -> None:
+        """Takes how often and how long in all the relay was interrupted."""
+        self.interruptions, self.gap_s = interruptions, gap_s
+
+    def restored(self) -> RestoredSession | None:
+        """The session as the data plane must have it again; None when it had given no ports yet."""
+        if self._wanted is None or not self._ports:
+            return None
+        learned = still_learned(self._wanted, self._learned.values())
+        first_port = first_port_of(self._ports.values())
+        return RestoredSession(self._wanted, first_port, learned, self.interruptions, self.gap_s)
 
     def describe(self, leg: LegName, sdp: SessionDescription) -> bytes:
         """What `leg` is told of a description of the opposite leg.

@@ -51,6 +51,10 @@ class StoreError(Exception):
     """The store cannot be used; the message says why."""
 
 
+class StoreFencedError(Exception):
+    """Another process has opened the file since, and it is that one's now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One that succeeded: how long it took, and when it ended (`time.monotonic`)."""
@@ -76,7 +80,8 @@ def _nothing(*_: object) -> None:
 class Database:
     """One file. Callbacks are called in the event loop, in the order of what they are about.
 
-    `failed` is told of each commit that the disk, or somebody who holds the file, did not let through.
+    `failed` is told of each commit that the disk, or somebody who holds the file, did not let through; `fenced`, once,
+    that another process has opened the file.
     """
 
     def __init__(
@@ -88,13 +93,18 @@ class Database:
         metrics: ControlMetrics,
         max_pending: int,
         failed: Callable[[sqlite3.Error], None],
+        fenced: Callable[[], None],
+        epoch: int,
     ) -> None:
+        self.epoch = epoch
+        """Of this process; that of a later one is higher."""
         self._writer = writer
         self._reader = reader
         self._writing, self._reading = threads
         self._metrics = metrics
         self._max_pending = max_pending
         self._failed = failed
+        self._fenced = fenced
         self._last_commit: Commit | None = None
         self._pending: deque[_Write] = deque()
         self._wake = asyncio.Event()
@@ -110,8 +120,11 @@ class Database:
         metrics: ControlMetrics,
         max_pending: int = MAX_PENDING,
         failed: Callable[[sqlite3.Error], None] = _nothing,
+        fenced: Callable[[], None] = _nothing,
     ) -> "Database":
         """Open the file, creating it and its folder when they are not there, and bring its tables up to this version.
+
+        From then on it is this process's: one that had it before commits nothing more, and `fenced` is called there.
 
         Raises:
             StoreError: the message names the file and says why.
@@ -119,7 +132,7 @@ class Database:
         loop = asyncio.get_running_loop()
         threads = ThreadPoolExecutor(1, "store-writer"), ThreadPoolExecutor(1, "store-reader")
         try:
-            writer = await loop.run_in_executor(threads[0], _open, path)
+            writer, epoch = await loop.run_in_executor(threads[0], _open, path)
             reader = await loop.run_in_executor(threads[1], _open_to_read, path)
         except (sqlite3.Error, OSError) as error:
             _stop(threads)
@@ -127,7 +140,16 @@ class Database:
         except StoreError:
             _stop(threads)
             raise
-        return cls(writer, reader, threads, metrics=metrics, max_pending=max_pending, failed=failed)
+        return cls(
+            writer,
+            reader,
+            threads,
+            metrics=metrics,
+            max_pending=max_pending,
+            failed=failed,
+            fenced=fenced,
+            epoch=epoch,
+        )
 
     @property
     def pending(self) -> int:
@@ -231,7 +253,7 @@ class Database:
             group = [self._pending[index] for index in range(min(len(self._pending), _MAX_GROUP))]
             began = time.monotonic()
             try:
-                faults = await loop.run_in_executor(self._writing, _commit, self._writer, group)
+                faults = await loop.run_in_executor(self._writing, _commit, self._writer, self.epoch, group)
             except sqlite3.Error as error:
                 self._metrics.error("store", "write_failed")
                 _log.error("store.write_failed", error=str(error), pending=len(self._pending), retry_s=retry_s)
@@ -239,6 +261,12 @@ class Database:
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, _RETRY_MOST_S)
                 continue
+            except StoreFencedError as error:
+                _log.error("store.fenced", error=str(error), pending=len(self._pending))
+                while self._pending:
+                    self._call(self._pending.popleft().given_up, str(error))
+                self._call(self._fenced)
+                return
             except Exception:  # noqa: BLE001 - the boundary
                 # The boundary of the writer's task: nobody must wait for ever behind a group that trips over a bug.
                 self._metrics.error("store", "internal")
@@ -268,14 +296,17 @@ class Database:
             _log.exception("store.callback_failed")
 
 
-def _commit(connection: sqlite3.Connection, group: Sequence[_Write]) -> dict[int, str]:
+def _commit(connection: sqlite3.Connection, epoch: int, group: Sequence[_Write]) -> dict[int, str]:
     """Carry out a group in one transaction; those at fault are left out and told by their index.
 
-    Raises: sqlite3.Error when nothing of it was done.
+    Raises: sqlite3.Error, StoreFencedError when nothing of it was done.
     """
     faults: dict[int, str] = {}
     try:
         connection.execute("BEGIN IMMEDIATE")
+        (owner,) = connection.execute("SELECT epoch FROM owner").fetchone()
+        if owner != epoch:
+            raise StoreFencedError(f"epoch {owner} has the file, this process had {epoch}")
         for index, write in enumerate(group):
             connection.execute("SAVEPOINT write_of_group")
             try:
@@ -320,7 +351,7 @@ def _is_fault(error: Exception) -> bool:
     return code is None or code & 0xFF in _FAULTY
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path) -> tuple[sqlite3.Connection, int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(
         path, isolation_level=None, timeout=BUSY_TIMEOUT_MS / 1000, check_same_thread=False, cached_statements=256
@@ -330,10 +361,11 @@ def _open(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         _migrate(connection, path)
+        (epoch,) = connection.execute("UPDATE owner SET epoch = epoch + 1 RETURNING epoch").fetchone()
     except BaseException:
         connection.close()
         raise
-    return connection
+    return connection, epoch
 
 
 def _open_to_read(path: Path) -> sqlite3.Connection:

@@ -26,7 +26,7 @@ from control.store.records import RecordStore
 
 RETENTION_INTERVAL_S: Final = 60.0
 
-_RING: Final = 1_000
+_RING: Final = 256
 _DELETED_AT_ONCE: Final = 500
 _INSERT: Final = "INSERT INTO events (sequence, id, type, at, call_id, data) VALUES (?, ?, ?, ?, ?, ?)"
 _AFTER: Final = "SELECT sequence, id, type, at, call_id, data FROM events WHERE sequence > ? ORDER BY sequence LIMIT ?"

@@ -52,7 +52,7 @@ class RecordStore:
         Raises:
             UnicodeEncodeError: its text has lone surrogates.
         """
-        return _INSERT, _to_row(record)
+        return _INSERT, record_values(record)
 
     def queued(self, record: CallRecord) -> None:
         """Notes a record that is on its way to the disk."""
@@ -74,7 +74,7 @@ class RecordStore:
         def query(connection: sqlite3.Connection) -> list[Any]:
             return connection.execute(f"{_SELECT} WHERE call_id = ?", (call_id,)).fetchall()
 
-        return next((_from_row(row) for row in await self._database.read(query)), None)
+        return next((record_from_values(row) for row in await self._database.read(query)), None)
 
     async def newest(self, limit: int = 100, before: CallId | None = None) -> list[CallRecord]:
         """The records committed last, newest first; `before` continues behind the last one of a page.
@@ -88,7 +88,7 @@ class RecordStore:
         def query(connection: sqlite3.Connection) -> list[Any]:
             return connection.execute(f"{_SELECT}{where} ORDER BY id DESC LIMIT ?", arguments).fetchall()
 
-        return [_from_row(row) for row in await self._database.read(query)]
+        return [record_from_values(row) for row in await self._database.read(query)]
 
     async def after(self, record_id: int, limit: int) -> list[tuple[int, CallRecord | None]]:
         """The records committed behind the one of this id, with their ids, oldest first; 0 is before the first.
@@ -99,22 +99,28 @@ class RecordStore:
             StoreError: the store cannot be read.
         """
 
-        def query(connection: sqlite3.Connection) -> list[Any]:
-            return connection.execute(_AFTER, (record_id, limit)).fetchall()
+        def query(connection: sqlite3.Connection) -> list[tuple[int, CallRecord | None]]:
+            rows = connection.execute(_AFTER, (record_id, limit)).fetchall()
+            return [(row[0], _from_row_if_sound(row)) for row in rows]
 
-        return [(row[0], _from_row_if_sound(row)) for row in await self._database.read(query)]
+        return await self._database.read(query)
 
 
 def _from_row_if_sound(row: Sequence[Any]) -> CallRecord | None:
     record_id, *values = row
     try:
-        return _from_row(values)
+        return record_from_values(values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         _log.error("store.record_unreadable", id=record_id, call_id=values[0], error=repr(error))
         return None
 
 
-def _to_row(record: CallRecord) -> tuple[Any, ...]:
+def record_values(record: CallRecord) -> tuple[Any, ...]:
+    """The record as the values of a row.
+
+    Raises:
+        UnicodeEncodeError: its text has lone surrogates.
+    """
     end = record.termination
     row = (
         record.call_id,
@@ -143,7 +149,8 @@ def _to_row(record: CallRecord) -> tuple[Any, ...]:
     return row
 
 
-def _from_row(row: Sequence[Any]) -> CallRecord:
+def record_from_values(row: Sequence[Any]) -> CallRecord:
+    """The record of such values."""
     values = dict(zip(_COLUMNS, row, strict=True))
     return CallRecord(
         call_id=CallId(values["call_id"]),

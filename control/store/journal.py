@@ -1,0 +1,146 @@
+"""The journal: what this node must know to take its calls up again after a crash.
+
+One row for each call, replaced as a whole with each change that a far end may rely on, and gone in the transaction that
+writes the call's record. Rows carry a version and the time; those that cannot be read are set aside, never in the way.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+
+from control.pbx.records import CallEventKind, CallId, CallRecord
+from control.store.database import Database, Statement
+from control.store.events import StoredEvent
+from control.store.records import record_from_values, record_values
+
+VERSION: Final = 1
+
+_SAVE: Final = (
+    "INSERT INTO calls (call_id, version, saved_at, saved_now, boot_id, record, snapshot) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (call_id) DO UPDATE SET version = excluded.version, saved_at = excluded.saved_at,"
+    " saved_now = excluded.saved_now, boot_id = excluded.boot_id, record = excluded.record,"
+    " snapshot = excluded.snapshot"
+)
+_FORGET: Final = "DELETE FROM calls WHERE call_id = ?"
+_SET_ASIDE: Final = (
+    "INSERT INTO calls_set_aside SELECT call_id, version, saved_at, ?, ?, snapshot FROM calls WHERE call_id = ?"
+)
+_ALL: Final = "SELECT call_id, version, saved_at, saved_now, boot_id, record, snapshot FROM calls ORDER BY rowid"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A call as it was saved. `snapshot` is plain data, None when it cannot be read, and `trouble` then says why.
+
+    `saved_now` is monotonic seconds since the boot `boot_id`; `record` is what to keep of the call if it is lost.
+    """
+
+    call_id: CallId
+    saved_at: datetime
+    saved_now: float
+    boot_id: str
+    record: CallRecord
+    snapshot: Any
+    trouble: str = ""
+
+
+class Journal:
+    """Saves calls. `boot_id` names the boot whose monotonic clock is used."""
+
+    def __init__(self, database: Database, *, boot_id: str, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._boot_id = boot_id
+        self._clock = clock
+        self._ends: dict[str, Statement] = {}
+
+    def save(
+        self,
+        record: CallRecord,
+        snapshot: Any,
+        *,
+        committed: Callable[[], None],
+        given_up: Callable[[str], None],
+    ) -> None:
+        """Queue the state of a call; `record` is what would be kept of it if it ended now."""
+        self._database.submit([self._saving(record, snapshot)], committed=committed, given_up=given_up)
+
+    def forget(self, call_id: CallId) -> None:
+        """Nothing of a call needs to be taken up any more."""
+        self._database.submit([(_FORGET, (call_id,))])
+
+    def end(self, record: CallRecord, snapshot: Any | None) -> None:
+        """The event that is appended next ends a call: its row goes with it, or keeps what is left to be done."""
+        row = (_FORGET, (record.call_id,)) if snapshot is None else self._saving(record, snapshot)
+        self._ends[record.call_id] = row
+
+    def statements_for(self, event: StoredEvent) -> Sequence[Statement]:
+        """What belongs into the transaction of an event."""
+        if event.type != CallEventKind.ENDED or event.call_id not in self._ends:
+            return ()
+        return (self._ends.pop(event.call_id),)
+
+    async def load(self) -> list[JournalEntry]:
+        """All calls, the oldest first.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        return [
+            _entry(row) for row in await self._database.read(lambda connection: connection.execute(_ALL).fetchall())
+        ]
+
+    async def set_aside(self, call_id: CallId, reason: str) -> None:
+        """Move a row that cannot be used out of the way.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        await self._database.write([(_SET_ASIDE, (now, reason, call_id)), (_FORGET, (call_id,))])
+
+    def _saving(self, record: CallRecord, snapshot: Any) -> Statement:
+        saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
+        values = (
+            record.call_id,
+            VERSION,
+            saved_at,
+            self._clock(),
+            self._boot_id,
+            orjson.dumps(record_values(record)).decode(),
+            _written(snapshot),
+        )
+        return _SAVE, values
+
+
+def _entry(row: sqlite3.Row | tuple[Any, ...]) -> JournalEntry:
+    call_id, version, saved_at, saved_now, boot_id, record, data = row
+    snapshot, trouble = None, ""
+    if version > VERSION:
+        trouble = f"it is of version {version}, this program knows {VERSION}"
+    else:
+        try:
+            snapshot = _read(data)
+        except ValueError as error:
+            trouble = f"it is no JSON: {error}"
+    kept = record_from_values(orjson.loads(record))
+    return JournalEntry(CallId(call_id), datetime.fromisoformat(saved_at), saved_now, boot_id, kept, snapshot, trouble)
+
+
+def _written(snapshot: Any) -> bytes:
+    """JSON. Octets from the wire that were not UTF-8 are lone surrogates (PEP 383), which orjson refuses to write."""
+    try:
+        return orjson.dumps(snapshot)
+    except TypeError:
+        return json.dumps(snapshot).encode()
+
+
+def _read(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data)
