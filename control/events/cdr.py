@@ -30,6 +30,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import orjson
 import structlog
@@ -103,6 +104,26 @@ class CdrFile:
             for _ in lines:
                 self._pending.popleft()
             self._metrics.cdrs_written("jsonl", len(lines))
+
+
+class JsonLines:
+    """The form of a file of JSON lines."""
+
+    name: Final = "jsonl"
+    header: Final = b""
+
+    def line(self, record: CallRecord) -> bytes:
+        """The record as one line, newline included."""
+        return cdr_line(record)
+
+    def key(self, line: bytes) -> str | None:
+        """The call_id in a line; None when this is no line of a record."""
+        try:
+            document = orjson.loads(line)
+        except ValueError:
+            return None
+        call_id = document.get("call_id") if isinstance(document, dict) else None
+        return call_id if isinstance(call_id, str) else None
 
 
 def cdr_line(record: CallRecord) -> bytes:
