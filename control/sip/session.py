@@ -35,6 +35,8 @@ MAX_GLARE_RETRIES: Final = 5
 # How many branches of a forked INVITE are followed; a peer that invents To tags gets no more of our memory.
 MAX_BRANCHES: Final = 16
 MAX_RSEQ: Final = 2**31 - 1
+# More than the requests that a session sends between two of its saved states.
+CSEQ_GAP: Final = 100
 
 
 class SessionState(StrEnum):
@@ -489,6 +491,23 @@ class InviteSession:
                 return self._bye(reasons)
             case SessionState.CANCELLING | SessionState.TERMINATING | SessionState.TERMINATED:
                 return []
+
+    # ---- over the death of the process -----------------------------------------------------------------------------
+
+    def transactions(self) -> set[TransactionId]:
+        """Those that it has yet to answer, or that it waits for or may hear of once more; some may be over already."""
+        pending = {transaction for transaction, _ in filter(None, (self._invite, self._update))}
+        pending |= {resend.transaction for resend in (self._final, self._reliable) if resend is not None}
+        if self._branch:
+            pending.add(client_id(self._branch, "INVITE"))
+        if self._local_offer is not None and self._local_offer.branch:
+            pending.add(client_id(self._local_offer.branch, self._local_offer.method))
+        return pending
+
+    def take_up(self) -> None:
+        """Goes on in another process: what was sent and not saved is covered by a gap (RFC 3261 section 12.2.1.1)."""
+        if self.dialog is not None:
+            self.dialog.local_cseq += CSEQ_GAP
 
     # ---- events of the stack ---------------------------------------------------------------------------------------
 
