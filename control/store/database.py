@@ -80,8 +80,7 @@ def _nothing(*_: object) -> None:
 class Database:
     """One file. Callbacks are called in the event loop, in the order of what they are about.
 
-    `failed` is told of each commit that the disk, or somebody who holds the file, did not let through; `fenced`, once,
-    that another process has opened the file.
+    `failed` is told of each commit that the disk, or somebody who holds the file, did not let through.
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class Database:
         metrics: ControlMetrics,
         max_pending: int,
         failed: Callable[[sqlite3.Error], None],
-        fenced: Callable[[], None],
         epoch: int,
     ) -> None:
         self.epoch = epoch
@@ -104,7 +102,7 @@ class Database:
         self._metrics = metrics
         self._max_pending = max_pending
         self._failed = failed
-        self._fenced = fenced
+        self._fenced: Callable[[], None] = _nothing
         self._last_commit: Commit | None = None
         self._pending: deque[_Write] = deque()
         self._wake = asyncio.Event()
@@ -120,11 +118,10 @@ class Database:
         metrics: ControlMetrics,
         max_pending: int = MAX_PENDING,
         failed: Callable[[sqlite3.Error], None] = _nothing,
-        fenced: Callable[[], None] = _nothing,
     ) -> "Database":
         """Open the file, creating it and its folder when they are not there, and bring its tables up to this version.
 
-        From then on it is this process's: one that had it before commits nothing more, and `fenced` is called there.
+        From then on it is this process's: one that had it before commits nothing more.
 
         Raises:
             StoreError: the message names the file and says why.
@@ -147,9 +144,12 @@ class Database:
             metrics=metrics,
             max_pending=max_pending,
             failed=failed,
-            fenced=fenced,
             epoch=epoch,
         )
+
+    def when_fenced(self, callback: Callable[[], None]) -> None:
+        """Call this, once, when another process has opened the file."""
+        self._fenced = callback
 
     @property
     def pending(self) -> int:

@@ -37,14 +37,15 @@ _ALL: Final = "SELECT call_id, version, saved_at, saved_now, boot_id, record, sn
 class JournalEntry:
     """A call as it was saved. `snapshot` is plain data, None when it cannot be read, and `trouble` then says why.
 
-    `saved_now` is monotonic seconds since the boot `boot_id`; `record` is what to keep of the call if it is lost.
+    `saved_now` is monotonic seconds since the boot `boot_id`; `record` is what to keep of the call if it is lost, None
+    when its record is written already.
     """
 
     call_id: CallId
     saved_at: datetime
     saved_now: float
     boot_id: str
-    record: CallRecord
+    record: CallRecord | None
     snapshot: Any
     trouble: str = ""
 
@@ -56,7 +57,7 @@ class Journal:
         self._database = database
         self._boot_id = boot_id
         self._clock = clock
-        self._ends: dict[str, Statement] = {}
+        self._ends: dict[str, tuple[Statement, ...]] = {}
 
     def save(
         self,
@@ -67,22 +68,35 @@ class Journal:
         given_up: Callable[[str], None],
     ) -> None:
         """Queue the state of a call; `record` is what would be kept of it if it ended now."""
-        self._database.submit([self._saving(record, snapshot)], committed=committed, given_up=given_up)
+        row = self._saving(record.call_id, _record_text(record), snapshot)
+        self._database.submit([row], committed=committed, given_up=given_up)
 
     def forget(self, call_id: CallId) -> None:
         """Nothing of a call needs to be taken up any more."""
-        self._database.submit([(_FORGET, (call_id,))])
+        self._database.submit([_forgetting(call_id)])
 
     def end(self, record: CallRecord, snapshot: Any | None) -> None:
         """The event that is appended next ends a call: its row goes with it, or keeps what is left to be done."""
-        row = (_FORGET, (record.call_id,)) if snapshot is None else self._saving(record, snapshot)
-        self._ends[record.call_id] = row
+        call_id = record.call_id
+        self._ends[call_id] = (_forgetting(call_id) if snapshot is None else self._saving(call_id, "", snapshot),)
+
+    def set_aside(self, entry: JournalEntry, reason: str) -> None:
+        """Move a row that cannot be used out of the way.
+
+        It goes with the event that is appended next and has the call's record, or now when that is written already.
+        """
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        statements = ((_SET_ASIDE, (now, reason, entry.call_id)), _forgetting(entry.call_id))
+        if entry.record is None:
+            self._database.submit(statements)
+        else:
+            self._ends[entry.call_id] = statements
 
     def statements_for(self, event: StoredEvent) -> Sequence[Statement]:
         """What belongs into the transaction of an event."""
         if event.type != CallEventKind.ENDED or event.call_id not in self._ends:
             return ()
-        return (self._ends.pop(event.call_id),)
+        return self._ends.pop(event.call_id)
 
     async def load(self) -> list[JournalEntry]:
         """All calls, the oldest first.
@@ -94,24 +108,15 @@ class Journal:
             _entry(row) for row in await self._database.read(lambda connection: connection.execute(_ALL).fetchall())
         ]
 
-    async def set_aside(self, call_id: CallId, reason: str) -> None:
-        """Move a row that cannot be used out of the way.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        now = datetime.now(UTC).isoformat(timespec="microseconds")
-        await self._database.write([(_SET_ASIDE, (now, reason, call_id)), (_FORGET, (call_id,))])
-
-    def _saving(self, record: CallRecord, snapshot: Any) -> Statement:
+    def _saving(self, call_id: CallId, record: str, snapshot: Any) -> Statement:
         saved_at = datetime.now(UTC).isoformat(timespec="microseconds")
         values = (
-            record.call_id,
+            call_id,
             VERSION,
             saved_at,
             self._clock(),
             self._boot_id,
-            orjson.dumps(record_values(record)).decode(),
+            record,
             _written(snapshot),
         )
         return _SAVE, values
@@ -127,8 +132,16 @@ def _entry(row: sqlite3.Row | tuple[Any, ...]) -> JournalEntry:
             snapshot = _read(data)
         except ValueError as error:
             trouble = f"it is no JSON: {error}"
-    kept = record_from_values(orjson.loads(record))
+    kept = record_from_values(orjson.loads(record)) if record else None
     return JournalEntry(CallId(call_id), datetime.fromisoformat(saved_at), saved_now, boot_id, kept, snapshot, trouble)
+
+
+def _forgetting(call_id: CallId) -> Statement:
+    return _FORGET, (call_id,)
+
+
+def _record_text(record: CallRecord) -> str:
+    return orjson.dumps(record_values(record)).decode()
 
 
 def _written(snapshot: Any) -> bytes:
