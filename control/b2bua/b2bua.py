@@ -17,10 +17,10 @@ from typing import Final, Protocol, assert_never
 import structlog
 
 from control.b2bua.authentication import Authentication
-from control.b2bua.departures import Departures
 from control.b2bua.factory import CallFactory, OriginatedParty, caller_record
+from control.b2bua.keeping import CallKeeper, JournalPort
 from control.b2bua.saved_calls import SavedCall, saved
-from control.events.fanout import record_in_unicode
+from control.b2bua.transactions import TransactionOwners
 from control.metrics import ControlMetrics
 from control.pbx import termination
 from control.pbx.admission import Admission
@@ -70,7 +70,6 @@ from control.sip.stack import (
     AckReceived,
     CancelReceived,
     Discarded,
-    MessageLabel,
     RequestReceived,
     ResponseReceived,
     SipStack,
@@ -86,8 +85,6 @@ KNOWN: Final = IN_DIALOG | {"INVITE", "ACK", "CANCEL", "OPTIONS", "REGISTER", "M
                             "PUBLISH"}  # fmt: skip
 OUT_OF_DIALOG_ALLOW: Final = f"{ALLOW}, REGISTER"
 CLOSE_PATIENCE_S: Final = 4.0
-# How long a change that nobody relies on may wait for others before it is saved.
-FLUSH_S: Final = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -106,21 +103,6 @@ class MediaPort(Protocol):
 
     def unavailable(self) -> MediaFailure | None:
         """Why no session could be made now; None when one could."""
-
-
-class JournalPort(Protocol):
-    """Where calls are saved. `record` is what would be kept of a call that could not be taken up again."""
-
-    def save(
-        self, record: CallRecord, snapshot: Plain, *, committed: Callable[[], None], given_up: Callable[[str], None]
-    ) -> None:
-        """Save the state of a call; one of the callbacks follows."""
-
-    def end(self, record: CallRecord, snapshot: Plain | None) -> None:
-        """The event that is published next ends a call, of which `snapshot` is left to be done."""
-
-    def forget(self, call_id: CallId) -> None:
-        """Nothing of a call is left to be done."""
 
 
 # Why a call is refused before anybody is rung, while the data plane cannot take it.
@@ -164,8 +146,14 @@ class B2bua:
         self._factory = CallFactory(settings, new_token=new_token)
         self._media = media
         self._send = transmit
-        self._journal = journal
-        self._departures = Departures(self._transmit, self._journal_overdue)
+        self._keeper = CallKeeper(
+            journal,
+            transmit=self._transmit,
+            snapshot=self._snapshot,
+            border=self._border,
+            metrics=metrics,
+            clock=clock,
+        )
         self._publish = publish
         self._metrics = metrics
         self._new_token = new_token
@@ -173,20 +161,13 @@ class B2bua:
         self._utc_now = utc_now
         self._calls: dict[CallId, Call] = {}
         self._legs: dict[tuple[str, str], tuple[Call, LegName]] = {}
-        self._transactions: dict[TransactionId, tuple[Call, LegName]] = {}
-        self._transactions_of: dict[CallId, set[TransactionId]] = {}
+        self._transactions = TransactionOwners()
         # A call stands here once for each change of its deadline; entries that no longer hold are passed over.
         self._armed: dict[CallId, float] = {}
         self._deadlines: list[tuple[float, int, Call]] = []
         self._entries = itertools.count()
-        # Answered INVITEs of ours by leg: a repeated 2xx must find them for as long as they live (RFC 6026).
-        self._accepted: dict[CallId, dict[LegName, TransactionId]] = {}
         # What the call in hand sends; None while none is in hand.
         self._leaving: list[Transmit] | None = None
-        # Calls that have a row in the journal, and those whose state has changed since without anybody relying on it.
-        self._journaled: set[CallId] = set()
-        self._dirty: dict[CallId, Call] = {}
-        self._flush: asyncio.TimerHandle | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -291,11 +272,10 @@ class B2bua:
         except TimeoutError:
             _log.warning("calls.unanswered_at_stop", calls=len(self._calls))
         finally:
-            for timer in (self._alarm, self._flush):
-                if timer is not None:
-                    timer.cancel()
-            self._alarm = self._flush = None
-            self._departures.flush()
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
+            self._keeper.close()
 
     # ---- what the stack reports ------------------------------------------------------------------------------------
 
@@ -306,13 +286,13 @@ class B2bua:
                     if self._leaving is not None:
                         self._leaving.append(output)
                     else:
-                        self._departures.send(self._call_of(output.transaction), output)
+                        self._keeper.departures.send(self._call_of(output.transaction), output)
                 case RequestReceived():
                     self._guard(output, now)
                 case ResponseReceived():
                     key = (output.response.call_id, output.response.from_.tag or "")
                     if output.response.status >= 200:
-                        self._disown(output.transaction, accepted=output.response.status < 300)
+                        self._transactions.settle(output.transaction, accepted=output.response.status < 300)
                     self._to_leg(self._legs.get(key), output, now)
                 case AckReceived():
                     key = (output.request.call_id, output.request.to.tag or "")
@@ -492,7 +472,7 @@ class B2bua:
             self._refuse_call(event, route, direction, (shown, uri))
             return
         call = self._factory.invited(event, caller, shown, route, utc=self._utc_now(), now=now)
-        self._own(event.transaction, call, LegName.CALLER)
+        self._transactions.own(event.transaction, call, LegName.CALLER)
         self._start(call, now)
 
     def _draining(self) -> Refusal:
@@ -560,7 +540,7 @@ class B2bua:
                 self._carry_out(call, effect, now)
         finally:
             leaving, self._leaving = self._leaving, outer
-            self._depart(call, leaving, now)
+            self._keeper.depart(call, leaving)
         if call.done:
             self._forget(call)
         elif (deadline := call.next_deadline()) is not None and self._armed.get(call.call_id) != deadline:
@@ -571,7 +551,7 @@ class B2bua:
         match effect:
             case SendRequest():
                 transaction = self._stack.client_id(effect.branch, effect.request.method)
-                self._own(transaction, call, self._leg_of(call, effect.request))
+                self._transactions.own(transaction, call, self._leg_of(call, effect.request))
                 self._perform_stack(self._stack.send_request(effect.request, effect.flow, effect.branch, now), now)
             case SendAck():
                 self._perform_stack(self._stack.send_ack(effect.request, effect.flow, effect.branch), now)
@@ -592,71 +572,21 @@ class B2bua:
 
     def _tell(self, call: Call, event: CallEvent) -> None:
         """Publishes; the end of a call ends its row in the journal, in one transaction with its record."""
-        if event.record is not None and call.call_id in self._journaled:
-            self._dirty.pop(call.call_id, None)
-            if call.done:
-                self._journaled.discard(call.call_id)
-            self._journal_end(event.record, None if call.done else self._snapshot(call))
+        if event.record is not None:
+            self._keeper.end(call, event.record)
         self._publish(event)
 
     def _transmit(self, message: Transmit) -> None:
         self._metrics.sip_message("out", message.label, message.flow.transport)
         self._send(message.data, message.flow)
 
-    # ---- the journal -----------------------------------------------------------------------------------------------
-
-    def _depart(self, call: Call, leaving: list[Transmit], now: float) -> None:
-        """Sends what a step of a call gave, behind its state when a far end may rely on it."""
-        if self._journal is not None and call.state is not CallState.ENDED:
-            if any(_is_relied_on(message.label) for message in leaving):
-                self._dirty.pop(call.call_id, None)
-                self._save(call, now, self._departures.barrier(call.call_id))
-            else:
-                self._dirty[call.call_id] = call
-                if self._flush is None:
-                    self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self._save_dirty)
-        for message in leaving:
-            self._departures.send(call.call_id, message)
-
-    def _save(self, call: Call, now: float, lift: Callable[[], None]) -> None:
-        if self._journal is None:
-            return
-        self._journaled.add(call.call_id)
-
-        def given_up(_: str) -> None:
-            # The store has told why; the call goes on.
-            lift()
-
-        record = record_in_unicode(call.record_if_lost(now))
-        self._journal.save(record, self._snapshot(call), committed=lift, given_up=given_up)
-
-    def _save_dirty(self) -> None:
-        self._flush = None
-        dirty, self._dirty = self._dirty, {}
-        now = self._clock()
-        for call in dirty.values():
-            with self._border(call):
-                self._save(call, now, _nothing)
+    # ---- over the death of the process -----------------------------------------------------------------------------
 
     def _snapshot(self, call: Call) -> Plain:
-        transactions = set(self._transactions_of.get(call.call_id, ()))
-        transactions.update(self._accepted.get(call.call_id, {}).values())
-        for session in call.legs.values():
-            transactions |= session.transactions()
-        # The CANCEL of an INVITE is the stack's own affair, and goes on with it.
-        transactions |= {replace(each, method="CANCEL") for each in transactions if each.method == "INVITE"}
-        return saved(call, self._stack.save(transactions))
-
-    def _journal_end(self, record: CallRecord, snapshot: Plain | None) -> None:
-        if self._journal is not None:
-            self._journal.end(record, snapshot)
-
-    def _journal_overdue(self, call_id: CallId) -> None:
-        self._metrics.error("store", "journal-overdue")
-        _log.warning("journal.overdue", call_id=call_id, advice="the disk is slow; a crash now might cost the call")
+        return saved(call, self._stack.save(self._transactions.of_call(call)))
 
     def _call_of(self, transaction: TransactionId | None) -> CallId | None:
-        entry = self._transactions.get(transaction) if transaction is not None else None
+        entry = self._transactions.get(transaction)
         return entry[0].call_id if entry is not None else None
 
     def take_up(self, of_journal: SavedCall) -> RestoredSession | None:
@@ -666,7 +596,7 @@ class B2bua:
         """
         call, now = of_journal.call, self._clock()
         self._calls[call.call_id] = call
-        self._journaled.add(call.call_id)
+        self._keeper.taken_up(call.call_id)
         self._idle.clear()
         for leg, session in call.legs.items():
             session.take_up()
@@ -676,7 +606,7 @@ class B2bua:
             for leg, session in call.legs.items():
                 request = transaction.request
                 if transaction.id in session.transactions() or (request and request.call_id == session.sip_call_id):
-                    self._own(transaction.id, call, leg)
+                    self._transactions.own(transaction.id, call, leg)
         return None if call.state is CallState.ENDED else call.media.restored()
 
     def resume(self) -> None:
@@ -693,20 +623,6 @@ class B2bua:
                 self._perform(call, (), now)
             _log.info("call.taken_up", call_id=call.call_id, state=call.state.value)
         self._arm()
-
-    def _own(self, transaction: TransactionId, call: Call, leg: LegName) -> None:
-        self._transactions[transaction] = (call, leg)
-        self._transactions_of.setdefault(call.call_id, set()).add(transaction)
-
-    def _disown(self, transaction: TransactionId, *, accepted: bool) -> None:
-        """A transaction that has its final answer cannot fail any more."""
-        entry = self._transactions.pop(transaction, None)
-        if entry is None:
-            return
-        call, leg = entry
-        self._transactions_of[call.call_id].discard(transaction)
-        if accepted and transaction.method == "INVITE":
-            self._accepted.setdefault(call.call_id, {})[leg] = transaction
 
     @staticmethod
     def _leg_of(call: Call, request: Request) -> LegName:
@@ -730,13 +646,8 @@ class B2bua:
         for session in call.legs.values():
             self._legs.pop((session.sip_call_id, session.local_tag), None)
         self._armed.pop(call.call_id, None)
-        self._accepted.pop(call.call_id, None)
-        self._dirty.pop(call.call_id, None)
-        if call.call_id in self._journaled and self._journal is not None:
-            self._journaled.discard(call.call_id)
-            self._journal.forget(call.call_id)
-        for transaction in self._transactions_of.pop(call.call_id, ()):
-            self._transactions.pop(transaction, None)
+        self._keeper.forget(call.call_id)
+        self._transactions.forget(call.call_id)
         if not self._calls:
             self._idle.set()
 
@@ -777,16 +688,3 @@ class B2bua:
         for binding in self._registrar.expire(now):
             self._tell_of_binding(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.EXPIRED)
         self._arm()
-
-
-def _is_relied_on(label: MessageLabel) -> bool:
-    """Whether whoever gets this message believes something of the call that must be remembered."""
-    if label.retransmission:
-        return False
-    if label.status is None:
-        return label.method not in ("CANCEL", "OPTIONS")
-    return label.status >= 200 and label.method in ("INVITE", "UPDATE", "PRACK", "BYE")
-
-
-def _nothing() -> None:
-    """The callback of those who do not wait."""

@@ -208,10 +208,10 @@ class Process:
     restored: list[RestoredSession]
 
     def stop(self) -> None:
-        for timer in (self.b2bua._alarm, self.b2bua._flush):
+        for timer in (self.b2bua._alarm, self.b2bua._keeper._flush):
             if timer is not None:
                 timer.cancel()
-        for queue in self.b2bua._departures._queues.values():
+        for queue in self.b2bua._keeper.departures._queues.values():
             for item in queue:
                 if isinstance(item, departures.Barrier) and item.timer is not None:
                     item.timer.cancel()
@@ -237,7 +237,7 @@ class Process:
         return [message for message, _ in self.sent[before:]]
 
     def save_what_is_dirty(self) -> None:
-        self.b2bua._save_dirty()
+        self.b2bua._keeper.save_changes()
 
 
 CONTACT = ("Contact", f"<sip:x@{CALLEE}:5060>")
@@ -415,11 +415,11 @@ async def test_a_disk_that_takes_too_long_holds_no_running_call(
     talk = talking(process)
     disk.prompt = False
     process.receive(in_dialog("BYE", 2, talk.to), CALLER)
-    ((call_id, queue),) = process.b2bua._departures._queues.items()
+    ((call_id, queue),) = process.b2bua._keeper.departures._queues.items()
     barrier = queue[0]
     assert isinstance(barrier, departures.Barrier)
     before = len(process.sent)
-    process.b2bua._departures._give_in(call_id, barrier)
+    process.b2bua._keeper.departures._give_in(call_id, barrier)
     assert summary([message for message, _ in process.sent[before:]]) == ["200", "BYE"]
     labels = {"component": "store", "kind": "journal-overdue"}
     assert process.metrics.registry.get_sample_value("sip_pbx_errors_total", labels) == 1

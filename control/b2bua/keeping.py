@@ -1,0 +1,140 @@
+"""Keeps calls in the journal: what far ends rely on is on the disk before they hear of it, the rest soon after."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import structlog
+
+from control.b2bua.departures import Departures
+from control.events.fanout import record_in_unicode
+from control.metrics import ControlMetrics
+from control.pbx.call import Call
+from control.pbx.records import CallId, CallRecord, CallState
+from control.sip.snapshot import Plain
+from control.sip.stack import MessageLabel, Transmit
+
+# How long a change that nobody relies on may wait for others before it is saved.
+FLUSH_S: Final = 0.05
+
+_log = structlog.get_logger(__name__)
+
+
+class JournalPort(Protocol):
+    """Where calls are saved. `record` is what would be kept of a call that could not be taken up again."""
+
+    def save(
+        self, record: CallRecord, snapshot: Plain, *, committed: Callable[[], None], given_up: Callable[[str], None]
+    ) -> None:
+        """Save the state of a call; one of the callbacks follows."""
+
+    def end(self, record: CallRecord, snapshot: Plain | None) -> None:
+        """The event that is published next ends a call, of which `snapshot` is left to be done."""
+
+    def forget(self, call_id: CallId) -> None:
+        """Nothing of a call is left to be done."""
+
+
+class CallKeeper:
+    """Sends what calls say, behind their saved state. Without a journal nothing waits, and nothing is kept.
+
+    `snapshot` gives a call, with its transactions, as plain data. `border` is what a bug in one call may cost.
+    """
+
+    def __init__(
+        self,
+        journal: JournalPort | None,
+        *,
+        transmit: Callable[[Transmit], None],
+        snapshot: Callable[[Call], Plain],
+        border: Callable[[Call], contextlib.AbstractContextManager[None]],
+        metrics: ControlMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._journal = journal
+        self._snapshot = snapshot
+        self._border = border
+        self._metrics = metrics
+        self._clock = clock
+        self.departures = Departures(transmit, self._overdue)
+        # Calls that have a row, and those whose state has changed since without anybody relying on it.
+        self._rows: set[CallId] = set()
+        self._dirty: dict[CallId, Call] = {}
+        self._flush: asyncio.TimerHandle | None = None
+
+    def depart(self, call: Call, leaving: list[Transmit]) -> None:
+        """Send what a step of a call gave, behind its state when a far end may rely on it."""
+        if self._journal is not None and call.state is not CallState.ENDED:
+            if any(_is_relied_on(message.label) for message in leaving):
+                self._dirty.pop(call.call_id, None)
+                self._save(self._journal, call, self.departures.barrier(call.call_id))
+            else:
+                self._dirty[call.call_id] = call
+                if self._flush is None:
+                    self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.save_changes)
+        for message in leaving:
+            self.departures.send(call.call_id, message)
+
+    def save_changes(self) -> None:
+        """Save what has changed and nobody relies on."""
+        self._flush = None
+        dirty, self._dirty = self._dirty, {}
+        for call in dirty.values():
+            with self._border(call):
+                if self._journal is not None:
+                    self._save(self._journal, call, _nothing)
+
+    def taken_up(self, call_id: CallId) -> None:
+        """A call came out of the journal."""
+        self._rows.add(call_id)
+
+    def end(self, call: Call, record: CallRecord) -> None:
+        """The call's end is published next: its row goes with its record, or keeps what is left to be done."""
+        self._dirty.pop(call.call_id, None)
+        if self._journal is None or call.call_id not in self._rows:
+            return
+        if call.done:
+            self._rows.discard(call.call_id)
+        self._journal.end(record, None if call.done else self._snapshot(call))
+
+    def forget(self, call_id: CallId) -> None:
+        """Nothing can come of a call any more."""
+        self._dirty.pop(call_id, None)
+        if call_id in self._rows and self._journal is not None:
+            self._rows.discard(call_id)
+            self._journal.forget(call_id)
+
+    def close(self) -> None:
+        """Hold back nothing any more."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        self.departures.flush()
+
+    def _save(self, journal: JournalPort, call: Call, lift: Callable[[], None]) -> None:
+        self._rows.add(call.call_id)
+
+        def given_up(_: str) -> None:
+            # The store has told why; the call goes on.
+            lift()
+
+        record = record_in_unicode(call.record_if_lost(self._clock()))
+        journal.save(record, self._snapshot(call), committed=lift, given_up=given_up)
+
+    def _overdue(self, call_id: CallId) -> None:
+        self._metrics.error("store", "journal-overdue")
+        _log.warning("journal.overdue", call_id=call_id, advice="the disk is slow; a crash now might cost the call")
+
+
+def _is_relied_on(label: MessageLabel) -> bool:
+    """Whether whoever gets this message believes something of the call that must be remembered."""
+    if label.retransmission:
+        return False
+    if label.status is None:
+        return label.method not in ("CANCEL", "OPTIONS")
+    return label.status >= 200 and label.method in ("INVITE", "UPDATE", "PRACK", "BYE")
+
+
+def _nothing() -> None:
+    """The callback of those who do not wait."""
