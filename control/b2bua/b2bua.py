@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, Protocol, assert_never
 
 import structlog
@@ -19,6 +19,7 @@ import structlog
 from control.b2bua.authentication import Authentication
 from control.b2bua.factory import CallFactory, OriginatedParty, caller_record
 from control.b2bua.keeping import CallKeeper, JournalPort
+from control.b2bua.registration import Registration
 from control.b2bua.saved_calls import SavedCall, saved
 from control.b2bua.transactions import TransactionOwners
 from control.metrics import ControlMetrics
@@ -38,14 +39,11 @@ from control.pbx.records import (
     Event,
     LegName,
     Reason,
-    RegistrationEvent,
-    RegistrationEventKind,
     RegistrationView,
     Result,
     Termination,
-    UnregisterCause,
 )
-from control.pbx.registrar import Binding, Registrar
+from control.pbx.registrar import Registrar
 from control.pbx.routing import Caller, Refusal, Router
 from control.pbx.trunks import Trunks
 from control.settings.settings import Settings
@@ -138,11 +136,18 @@ class B2bua:
         """Without a journal, calls die with their process."""
         self._settings = settings
         self._stack = stack
-        self._registrar = registrar
         self._router = router
         self._trunks = trunks
         self._admission = admission
         self._authentication = Authentication(authenticator, settings.users, metrics=metrics, new_token=new_token)
+        self._registration = Registration(
+            registrar,
+            self._authentication,
+            metrics=metrics,
+            publish=publish,
+            new_token=new_token,
+            utc_now=utc_now,
+        )
         self._factory = CallFactory(settings, new_token=new_token)
         self._media = media
         self._send = transmit
@@ -215,8 +220,7 @@ class B2bua:
 
     def registrations(self) -> list[RegistrationView]:
         """What is registered now, by user."""
-        now = self._clock()
-        return [self._registration(binding, now) for binding in self._registrar.bindings(now)]
+        return self._registration.views(self._clock())
 
     def originate(self, call_id: CallId, caller: str, callee: str) -> CallView | Refusal:
         """Starts a call between two parties, each named as a user would dial it; or says why there is none.
@@ -336,7 +340,7 @@ class B2bua:
             case "INVITE":
                 self._invited(event, now)
             case "REGISTER":
-                self._register(event, now)
+                self._answer(event.transaction, self._registration.answer(request, event.flow, now), now)
             case "OPTIONS":
                 response = self._refuse(request, 200)
                 response.headers.add("Accept", SDP)
@@ -386,48 +390,6 @@ class B2bua:
             self._forget(call)
 
     # ---- registration and authentication ---------------------------------------------------------------------------
-
-    def _register(self, event: RequestReceived, now: float) -> None:
-        request = event.request
-        if request.require:
-            raise RemoteProtocolError(420, ", ".join(sorted(request.require)), "Require", request)
-        verdict = self._authentication.verify(request, "Authorization", now)
-        if isinstance(verdict, Denied):
-            self._metrics.registration("challenged" if verdict.reason is DenialReason.MISSING else "denied")
-            self._deny(event, verdict, now, status=401)
-            return
-        result = self._registrar.receive(request, event.flow, verdict.username, now)
-        status = result.response.status
-        self._metrics.registration("ok" if status == 200 else "rejected")
-        for binding in result.added:
-            self._tell_of_binding(RegistrationEventKind.REGISTERED, binding, now)
-        for binding in result.refreshed:
-            _log.debug("registration.refreshed", user=binding.aor, contact=str(binding.contact))
-        for binding in result.removed:
-            self._tell_of_binding(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.REMOVED)
-        if status != 200:
-            _log.warning(
-                "registration.refused", user=verdict.username, sip_status=status, source=str(event.flow.remote)
-            )
-        self._answer(event.transaction, self._tagged(result.response), now)
-
-    def _tell_of_binding(
-        self, kind: RegistrationEventKind, binding: Binding, now: float, cause: UnregisterCause | None = None
-    ) -> None:
-        registration = self._registration(binding, now)
-        event = RegistrationEvent(kind, self._utc_now(), registration, cause)
-        what = "registration.added" if cause is None else f"registration.{cause.value}"
-        _log.info(what, user=registration.user, contact=registration.contact, source=registration.source)
-        self._publish(event)
-
-    def _registration(self, binding: Binding, now: float) -> RegistrationView:
-        return RegistrationView(
-            user=binding.aor,
-            contact=str(binding.contact),
-            source=str(binding.flow.remote),
-            user_agent=binding.user_agent,
-            expires_at=self._utc_now() + timedelta(seconds=binding.expires_at - now),
-        )
 
     def _deny(self, event: RequestReceived, verdict: Denied, now: float, *, status: int) -> None:
         response = self._authentication.answer(event.request, verdict, event.flow.remote, now, status=status)
@@ -636,10 +598,6 @@ class B2bua:
         response.headers.add("Allow", OUT_OF_DIALOG_ALLOW)
         return response
 
-    def _tagged(self, response: Response) -> Response:
-        response.headers.set("To", str(response.to.with_tag(response.to.tag or self._new_token())))
-        return response
-
     def _forget(self, call: Call) -> None:
         if self._calls.pop(call.call_id, None) is None:
             return
@@ -657,7 +615,7 @@ class B2bua:
         """Sets the one alarm to the earliest deadline of all machines."""
         while self._deadlines and self._is_stale(self._deadlines[0]):
             heapq.heappop(self._deadlines)
-        due = [self._stack.next_deadline(), self._registrar.next_deadline()]
+        due = [self._stack.next_deadline(), self._registration.next_deadline()]
         if self._deadlines:
             due.append(self._deadlines[0][0])
         at = min((moment for moment in due if moment is not None), default=None)
@@ -685,6 +643,5 @@ class B2bua:
                 del self._armed[call.call_id]
                 with self._border(call):
                     self._perform(call, call.handle_timer(now), now)
-        for binding in self._registrar.expire(now):
-            self._tell_of_binding(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.EXPIRED)
+        self._registration.expire(now)
         self._arm()
