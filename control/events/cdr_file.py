@@ -7,8 +7,9 @@ killed. Device numbers are no part of the mark: they change with a reboot, and n
 
 The file may be renamed at any time, by this program when it is full or its hour or day is over, and by others: the next
 line then opens a new one. After a crash the renamed file is looked for by its inode in the same folder, to see how far
-it came. Where that cannot be told, because it was moved elsewhere, compressed or deleted, or emptied after a copy was
-made of it, the records that were written and not yet committed are written again rather than lost: at most one batch.
+it came; a new file is therefore committed before it has its first line. Where that cannot be told, because the file was
+moved elsewhere, compressed or deleted, or emptied after a copy was made of it, the records that were written and not
+yet committed are written again rather than lost: at most one batch.
 
 Renamed by this program, cdr.jsonl becomes cdr.YYYYMMDDTHHMMSS.ffffffZ.jsonl, with the time of that (UTC). Only a file
 whose end is committed is renamed.
@@ -115,7 +116,7 @@ class CdrFile:
         self._inode_with_header: int | None = None
 
     def write(self, position: SinkPosition, records: Sequence[NumberedRecord]) -> SinkPosition:
-        """Find out what is written already, and only if that is nothing new: rotate, and write.
+        """Find out what is written already, or rotate, or begin a file, or write: one of these, to be committed.
 
         Raises: OSError.
         """
@@ -124,10 +125,15 @@ class CdrFile:
             if settled != position:
                 return settled
         self._rotate_if_due(FileMark.parse(position.mark))
+        lines = [self._lines.line(record) for _, record in records if record is not None]
         if not records:
             return position
-        lines = [self._lines.line(record) for _, record in records if record is not None]
-        return SinkPosition(records[-1][0], str(self._append(lines)) if lines else position.mark)
+        if not lines:
+            return SinkPosition(records[-1][0], position.mark)
+        if _status(self._path) is None:
+            return SinkPosition(position.record_id, str(self._begin()))
+        mark = self._append(lines, FileMark.parse(position.mark))
+        return position if mark is None else SinkPosition(records[-1][0], str(mark))
 
     def _settle(self, position: SinkPosition, records: Sequence[NumberedRecord]) -> SinkPosition:
         """The position with all that was written behind it."""
@@ -144,21 +150,34 @@ class CdrFile:
             mark = awaited.find_in(self._path, mark)
         return SinkPosition(awaited.found_through, "" if mark is None else str(mark))
 
-    def _append(self, lines: Sequence[bytes]) -> FileMark:
+    def _begin(self) -> FileMark:
+        """Make an empty file, so that it is known by its mark before it has lines."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
         try:
-            begin = FileMark.of(os.fstat(descriptor))
-            data = b"".join(lines) if begin.size else self._lines.header + b"".join(lines)
+            mark = FileMark.of(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
+        _sync_folder(self._path.parent)
+        return mark
+
+    def _append(self, lines: Sequence[bytes], mark: FileMark | None) -> FileMark | None:
+        """The mark behind the lines; None when the file is no longer the one that was looked at."""
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            if FileMark.of(os.fstat(descriptor)) != mark:
+                return None
+            data = b"".join(lines) if mark.size else self._lines.header + b"".join(lines)
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if not begin.size:
-            _sync_folder(self._path.parent)
-        return FileMark(begin.inode, begin.size + len(data))
+        return FileMark(mark.inode, mark.size + len(data))
 
     def _rotate_if_due(self, mark: FileMark | None) -> None:
         status = _status(self._path)
