@@ -47,6 +47,7 @@ _KIND_OF_REFUSAL = {
     Reason.PORTS_EXHAUSTED: ApiErrorKind.RESOURCE_EXHAUSTED,
     Reason.DRAINING: ApiErrorKind.UNAVAILABLE,
     Reason.MEDIA_UNAVAILABLE: ApiErrorKind.UNAVAILABLE,
+    Reason.STORE_UNAVAILABLE: ApiErrorKind.UNAVAILABLE,
 }
 
 _log = structlog.get_logger(__name__)

@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class CallServiceStub:
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     def __init__(self, channel):
@@ -60,7 +61,8 @@ class CallServiceStub:
 
 class CallServiceServicer:
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     def OriginateCall(self, request, context):
@@ -69,7 +71,8 @@ class CallServiceServicer:
         ALREADY_EXISTS: the id belongs to a call between other parties.
         FAILED_PRECONDITION: a party cannot be called (reasons not-registered, unknown-number, not-allowed).
         RESOURCE_EXHAUSTED: too many calls (call-limit, ports-exhausted).
-        UNAVAILABLE: the node is draining or the data plane is away (draining, media-unavailable).
+        UNAVAILABLE: the node drains, the data plane is away, or the disk is full or too slow (draining,
+        media-unavailable, store-unavailable).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,7 +135,8 @@ def add_CallServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CallService:
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     @staticmethod

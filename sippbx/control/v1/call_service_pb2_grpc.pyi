@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class CallServiceStub:
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     @_typing.overload
@@ -41,7 +42,8 @@ class CallServiceStub:
     ALREADY_EXISTS: the id belongs to a call between other parties.
     FAILED_PRECONDITION: a party cannot be called (reasons not-registered, unknown-number, not-allowed).
     RESOURCE_EXHAUSTED: too many calls (call-limit, ports-exhausted).
-    UNAVAILABLE: the node is draining or the data plane is away (draining, media-unavailable).
+    UNAVAILABLE: the node drains, the data plane is away, or the disk is full or too slow (draining,
+    media-unavailable, store-unavailable).
     """
     GetCall: _grpc.UnaryUnaryMultiCallable[_call_service_pb2.GetCallRequest, _call_service_pb2.GetCallResponse]
     """Gives one call, running or ended.
@@ -59,7 +61,8 @@ class CallServiceStub:
 @_typing.type_check_only
 class CallServiceAsyncStub(CallServiceStub):
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,7 +72,8 @@ class CallServiceAsyncStub(CallServiceStub):
     ALREADY_EXISTS: the id belongs to a call between other parties.
     FAILED_PRECONDITION: a party cannot be called (reasons not-registered, unknown-number, not-allowed).
     RESOURCE_EXHAUSTED: too many calls (call-limit, ports-exhausted).
-    UNAVAILABLE: the node is draining or the data plane is away (draining, media-unavailable).
+    UNAVAILABLE: the node drains, the data plane is away, or the disk is full or too slow (draining,
+    media-unavailable, store-unavailable).
     """
     GetCall: _aio.UnaryUnaryMultiCallable[_call_service_pb2.GetCallRequest, _call_service_pb2.GetCallResponse]  # type: ignore[assignment]
     """Gives one call, running or ended.
@@ -86,7 +90,8 @@ class CallServiceAsyncStub(CallServiceStub):
 
 class CallServiceServicer(metaclass=_abc_1.ABCMeta):
     """Calls. Every RPC needs an API key, `authorization: Bearer KEY`, or gets UNAUTHENTICATED. Errors carry a
-    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case.
+    google.rpc.ErrorInfo with the domain "sippbx" and a reason in kebab-case. Every RPC may get RESOURCE_EXHAUSTED
+    (too-many-requests) and DEADLINE_EXCEEDED (timeout).
     """
 
     @_abc_1.abstractmethod
@@ -100,7 +105,8 @@ class CallServiceServicer(metaclass=_abc_1.ABCMeta):
         ALREADY_EXISTS: the id belongs to a call between other parties.
         FAILED_PRECONDITION: a party cannot be called (reasons not-registered, unknown-number, not-allowed).
         RESOURCE_EXHAUSTED: too many calls (call-limit, ports-exhausted).
-        UNAVAILABLE: the node is draining or the data plane is away (draining, media-unavailable).
+        UNAVAILABLE: the node drains, the data plane is away, or the disk is full or too slow (draining,
+        media-unavailable, store-unavailable).
         """
 
     @_abc_1.abstractmethod

@@ -52,7 +52,7 @@ class EventServiceServicer:
         INVALID_ARGUMENT: there is no such type of event.
         OUT_OF_RANGE: the events behind `resume_after` are no longer kept, or it is of the future: begin with a snapshot.
         RESOURCE_EXHAUSTED: too many watch, or this client did not read for too long.
-        UNAVAILABLE: the node stops.
+        UNAVAILABLE: the node stops (stopping), or cannot read its store (store-unavailable).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

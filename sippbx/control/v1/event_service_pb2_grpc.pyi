@@ -39,7 +39,7 @@ class EventServiceStub:
     INVALID_ARGUMENT: there is no such type of event.
     OUT_OF_RANGE: the events behind `resume_after` are no longer kept, or it is of the future: begin with a snapshot.
     RESOURCE_EXHAUSTED: too many watch, or this client did not read for too long.
-    UNAVAILABLE: the node stops.
+    UNAVAILABLE: the node stops (stopping), or cannot read its store (store-unavailable).
     """
 
 @_typing.type_check_only
@@ -53,7 +53,7 @@ class EventServiceAsyncStub(EventServiceStub):
     INVALID_ARGUMENT: there is no such type of event.
     OUT_OF_RANGE: the events behind `resume_after` are no longer kept, or it is of the future: begin with a snapshot.
     RESOURCE_EXHAUSTED: too many watch, or this client did not read for too long.
-    UNAVAILABLE: the node stops.
+    UNAVAILABLE: the node stops (stopping), or cannot read its store (store-unavailable).
     """
 
 class EventServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -70,7 +70,7 @@ class EventServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: there is no such type of event.
         OUT_OF_RANGE: the events behind `resume_after` are no longer kept, or it is of the future: begin with a snapshot.
         RESOURCE_EXHAUSTED: too many watch, or this client did not read for too long.
-        UNAVAILABLE: the node stops.
+        UNAVAILABLE: the node stops (stopping), or cannot read its store (store-unavailable).
         """
 
 def add_EventServiceServicer_to_server(servicer: EventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
