@@ -19,7 +19,7 @@ import structlog
 from control.b2bua.authentication import Authentication
 from control.b2bua.factory import CallFactory, OriginatedParty, caller_record
 from control.b2bua.keeping import CallKeeper, JournalPort
-from control.b2bua.registration import Registration
+from control.b2bua.registration import BindingPort, Registration
 from control.b2bua.saved_calls import SavedCall, saved
 from control.b2bua.transactions import TransactionOwners
 from control.metrics import ControlMetrics
@@ -132,8 +132,9 @@ class B2bua:
         clock: Callable[[], float],
         utc_now: Callable[[], datetime],
         journal: JournalPort | None = None,
+        bindings: BindingPort | None = None,
     ) -> None:
-        """Without a journal, calls die with their process."""
+        """Without a journal calls die with their process, and without `bindings` so do registrations."""
         self._settings = settings
         self._stack = stack
         self._router = router
@@ -147,6 +148,7 @@ class B2bua:
             publish=publish,
             new_token=new_token,
             utc_now=utc_now,
+            store=bindings,
         )
         self._factory = CallFactory(settings, new_token=new_token)
         self._media = media

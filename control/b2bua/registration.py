@@ -1,7 +1,9 @@
 """REGISTER as the edge of the registrar: authentication, metrics, log and events (RFC 3261 section 10)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Protocol
 
 import structlog
 
@@ -13,8 +15,37 @@ from control.sip.address import Flow
 from control.sip.digest import DenialReason, Denied
 from control.sip.errors import RemoteProtocolError
 from control.sip.message import Request, Response
+from control.sip.snapshot import Plain, restore, save
 
 _log = structlog.get_logger(__name__)
+
+
+class BindingPort(Protocol):
+    """Where bindings are saved."""
+
+    def save(self, aor: str, bindings: Plain | None) -> None:
+        """Save those of an address-of-record; None when it has none any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bindings:
+    """The bindings of one address-of-record, best first."""
+
+    bindings: tuple[Binding, ...]
+
+
+def saved_bindings(bindings: tuple[Binding, ...]) -> Plain:
+    """Bindings as plain data."""
+    return save(_Bindings(bindings))
+
+
+def restored_bindings(plain: Plain, *, offset_s: float) -> tuple[Binding, ...]:
+    """The bindings of such data, by this process's clock.
+
+    Raises:
+        SnapshotError: it cannot be read.
+    """
+    return restore(_Bindings, plain, offset_s=offset_s, callables={}).bindings
 
 
 class Registration:
@@ -29,6 +60,7 @@ class Registration:
         publish: Callable[[Event], None],
         new_token: Callable[[], str],
         utc_now: Callable[[], datetime],
+        store: BindingPort | None,
     ) -> None:
         self._registrar = registrar
         self._authentication = authentication
@@ -36,6 +68,7 @@ class Registration:
         self._publish = publish
         self._new_token = new_token
         self._utc_now = utc_now
+        self._store = store
 
     def answer(self, request: Request, flow: Flow, now: float) -> Response:
         """Carries out a REGISTER, or challenges or refuses it.
@@ -58,6 +91,8 @@ class Registration:
             _log.debug("registration.refreshed", user=binding.aor, contact=str(binding.contact))
         for binding in result.removed:
             self._tell(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.REMOVED)
+        if result.added or result.refreshed or result.removed:
+            self._save(verdict.username, now)
         if status != 200:
             _log.warning("registration.refused", user=verdict.username, sip_status=status, source=str(flow.remote))
         response.headers.set("To", str(response.to.with_tag(response.to.tag or self._new_token())))
@@ -65,8 +100,11 @@ class Registration:
 
     def expire(self, now: float) -> None:
         """Forgets the phones whose time is over."""
-        for binding in self._registrar.expire(now):
+        expired = self._registrar.expire(now)
+        for binding in expired:
             self._tell(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.EXPIRED)
+        for aor in {binding.aor for binding in expired}:
+            self._save(aor, now)
 
     def next_deadline(self) -> float | None:
         """When `expire` wants to be called."""
@@ -75,6 +113,11 @@ class Registration:
     def views(self, now: float) -> list[RegistrationView]:
         """What is registered, by user."""
         return [self._view(binding, now) for binding in self._registrar.bindings(now)]
+
+    def _save(self, aor: str, now: float) -> None:
+        if self._store is not None:
+            bindings = tuple(self._registrar.lookup(aor, now))
+            self._store.save(aor, saved_bindings(bindings) if bindings else None)
 
     def _tell(
         self, kind: RegistrationEventKind, binding: Binding, now: float, cause: UnregisterCause | None = None

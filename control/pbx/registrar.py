@@ -6,7 +6,7 @@ is named by its user part alone, as this PBX serves one domain. Left out: Path (
 
 import heapq
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -14,6 +14,7 @@ from control.sip.address import Flow
 from control.sip.errors import RemoteProtocolError
 from control.sip.headers import NameAddr, Uri, parse_decimal
 from control.sip.message import MAX_EXPIRES_S, Request, Response, build_response
+from control.sip.snapshot import Moment
 
 # Section 10.3 step 7: what a malformed interval counts as.
 MALFORMED_EXPIRES_S = 3600
@@ -39,7 +40,7 @@ class Binding:
     flow: Flow
     sip_call_id: str
     cseq: int
-    expires_at: float
+    expires_at: Moment
     q: float = 1.0
     user_agent: str | None = None
     instance: str | None = None
@@ -117,6 +118,13 @@ class Registrar:
     def lookup(self, aor: str, now: float) -> list[Binding]:
         """The live bindings, best first: by q, then the one registered last."""
         return [binding for binding in self._bindings.get(aor, ()) if binding.expires_at > now]
+
+    def restore(self, bindings: Iterable[Binding]) -> None:
+        """Takes up bindings of an earlier process, best first for each address-of-record; none that is no user's."""
+        for binding in bindings:
+            if self._is_user(binding.aor):
+                self._store(binding.aor, [*self._bindings.get(binding.aor, ()), binding])
+                heapq.heappush(self._deadlines, (binding.expires_at, binding.aor))
 
     def bindings(self, now: float) -> list[Binding]:
         """All live bindings, by address-of-record."""

@@ -117,7 +117,7 @@ class Journal:
             self._clock(),
             self._boot_id,
             record,
-            _written(snapshot),
+            written_plain(snapshot),
         )
         return _SAVE, values
 
@@ -129,7 +129,7 @@ def _entry(row: sqlite3.Row | tuple[Any, ...]) -> JournalEntry:
         trouble = f"it is of version {version}, this program knows {VERSION}"
     else:
         try:
-            snapshot = _read(data)
+            snapshot = read_plain(data)
         except ValueError as error:
             trouble = f"it is no JSON: {error}"
     kept = record_from_values(orjson.loads(record)) if record else None
@@ -144,15 +144,23 @@ def _record_text(record: CallRecord) -> str:
     return orjson.dumps(record_values(record)).decode()
 
 
-def _written(snapshot: Any) -> bytes:
-    """JSON. Octets from the wire that were not UTF-8 are lone surrogates (PEP 383), which orjson refuses to write."""
+def written_plain(snapshot: Any) -> bytes:
+    """Plain data as JSON.
+
+    Octets from the wire that were not UTF-8 are lone surrogates (PEP 383), which orjson refuses to write.
+    """
     try:
         return orjson.dumps(snapshot)
     except TypeError:
         return json.dumps(snapshot).encode()
 
 
-def _read(data: bytes) -> Any:
+def read_plain(data: bytes) -> Any:
+    """What `written_plain` wrote.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:

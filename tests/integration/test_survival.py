@@ -135,3 +135,16 @@ async def test_stopped_control_plane_goes_on_where_it_was(stage: Stage) -> None:
     pair.thaw("control")
     await scene.finish()
     assert termination(await stage.cdr()) == ("answered", "hangup", 200)
+
+
+async def test_phones_are_known_to_the_next_control_plane(stage: Stage) -> None:
+    pair = stage.pair
+    await stage.register(BOB)
+    child = pair.pids("control")[1]
+    kill_main(pair, "control")
+    await until_back(pair, "control", child)
+    assert pair.metric("control", "sip_pbx_registrations") == 1
+    scene = await stage.call("trunk_caller_talks_until_cue", TRUNK, "callee_answers", BOB, "+8225550100")
+    await scene.talk()
+    await scene.hang_up()
+    assert termination(await stage.cdr()) == ("answered", "hangup", 200)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.b2bua.registration import restored_bindings, saved_bindings
 from control.pbx.registrar import Binding, Registrar, RegistrarResult, same_contact
 from control.sip.address import Address, Flow, Transport
 from control.sip.headers import Uri
@@ -362,3 +363,26 @@ def test_the_count_is_always_that_of_the_bindings_and_no_deadline_is_missed(step
 def test_contacts_are_compared_as_uris(one: str, other: str, equal: bool) -> None:
     assert same_contact(Uri.parse(one), Uri.parse(other)) is equal
     assert same_contact(Uri.parse(other), Uri.parse(one)) is equal
+
+
+def test_bindings_of_an_earlier_process_are_taken_up_by_its_successor_s_clock() -> None:
+    before = registrar()
+    before.receive(register(f"{PHONE};q=0.5"), FLOW, "1001", NOW)
+    before.receive(register(MOBILE, cseq=2, expires="60"), FLOW, "1001", NOW)
+    plain = saved_bindings(tuple(before.lookup("1001", NOW)))
+    after = registrar()
+    after.restore(restored_bindings(plain, offset_s=-900.0))
+    assert hosts(after.lookup("1001", 100.0)) == ["192.0.2.2", "192.0.2.1"], "best first, as before"
+    assert hosts(after.expire(161.0)) == ["192.0.2.2"]
+    assert hosts(after.lookup("1001", 161.0)) == ["192.0.2.1"]
+    assert len(after) == 1
+
+
+def test_bindings_of_somebody_who_is_no_user_any_more_are_not_taken_up() -> None:
+    before = registrar()
+    before.receive(register(PHONE), FLOW, "1001", NOW)
+    after = Registrar(
+        is_user=lambda _: False, min_expires_s=60, max_expires_s=3600, default_expires_s=600, max_bindings=1
+    )
+    after.restore(before.bindings(NOW))
+    assert len(after) == 0
