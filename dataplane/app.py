@@ -2,13 +2,12 @@
 
 import asyncio
 import contextlib
-import itertools
 import os
 import secrets
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +21,9 @@ from dataplane.engine.userspace import UserspaceEngine
 from dataplane.metrics import DataplaneMetrics, Tables
 from dataplane.ports import PortPool
 from dataplane.service.events import CloseReason, EventLog
-from dataplane.service.node import MediaNode, Ownership
+from dataplane.service.node import MediaNode, Ownership, SessionView
 from dataplane.service.servicer import SERVICE_NAME, MediaServicer
+from dataplane.service.statistics import StatisticsFile
 from dataplane.session.relay import DropReason, StreamSnapshot
 from dataplane.session.spec import Leg
 from dataplane.settings import Settings
@@ -85,6 +85,9 @@ class DataPlane:
         self._totals: Counter[tuple[str, tuple[str, ...]]] = Counter(dict.fromkeys(_packet_labels(), 0))
         self._live: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self.metrics = DataplaneMetrics(_product_version())
+        path = settings.statistics_path
+        self._statistics = None if path is None else StatisticsFile(path, clock=time.monotonic, utc_now=_utc_now)
+        self._to_keep: Sequence[SessionView] = ()
         first, last = media.port_range
         self.node = MediaNode(
             PortPool(first, last, media.block_size, media.rest_s),
@@ -94,6 +97,7 @@ class DataPlane:
             first_epoch=int(time.time() * 1000),
             clock=time.monotonic,
             utc_now=_utc_now,
+            remembered=() if self._statistics is None else self._statistics.read(),
         )
         self._engine = UserspaceEngine(
             self.node.observe,
@@ -131,15 +135,17 @@ class DataPlane:
         running.push_async_callback(probes.stop)
         running.push_async_callback(self._engine.close)
         await self._engine.start()
-        for name, work in (("loop-lag", sample_loop_lag(self.metrics.loop_lag)), ("housekeeping", self._keep_house())):
-            task = asyncio.create_task(work, name=name)
-            running.push_async_callback(_cancelled, task)
+        work = {"loop-lag": sample_loop_lag(self.metrics.loop_lag), "housekeeping": self._keep_house()}
+        if self._statistics is not None:
+            work["statistics"] = self._keep_statistics(self._statistics)
+        for name, coroutine in work.items():
+            running.push_async_callback(_cancelled, asyncio.create_task(coroutine, name=name))
         await self._serve(running)
         self._starting = False
         log.info("process.started", listen=settings.grpc.listen, ports=list(settings.media.port_range))
 
     async def _serve(self, running: contextlib.AsyncExitStack) -> None:
-        listen = self._settings.grpc.listen
+        listen, path = self._settings.grpc.listen, self._settings.grpc.socket_path
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -157,7 +163,6 @@ class DataPlane:
         servicer.add_to(server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        path = Path(listen.removeprefix("unix://")) if listen.startswith("unix:") else None
         if path is not None:
             _make_way(path)
             running.callback(path.unlink, missing_ok=True)
@@ -228,14 +233,24 @@ class DataPlane:
                 log.exception("housekeeping.failed")
                 continue
             # From here on without an await, so that every session is either among those that ended or among the live.
-            closed = self.node.take_closed_streams()
-            for stream in itertools.chain.from_iterable(closed.values()):
-                _add(self._totals, stream)
+            for view in self.node.take_closed():
+                _add(self._totals, view)
             live: Counter[tuple[str, tuple[str, ...]]] = Counter()
-            for session_id in figures.keys() - closed.keys():
-                for stream in figures[session_id]:
-                    _add(live, stream)
+            views = self.node.live(figures)
+            for view in views:
+                _add(live, view)
             self._live = live
+            self._to_keep = [*views, *self.node.ended()]
+
+    async def _keep_statistics(self, file: StatisticsFile) -> None:
+        """Keeps what housekeeping collected. Of its own, so that a disk that hangs holds up nothing else."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                await file.keep(self._to_keep)
+            except Exception:
+                # The border of this task, as above.
+                log.exception("statistics.failed")
 
     def _packets(self) -> Mapping[tuple[str, tuple[str, ...]], int]:
         sums = self._totals.copy()
@@ -267,21 +282,29 @@ def _packet_labels() -> Iterable[tuple[str, tuple[str, ...]]]:
         yield "rtp_dropped", (reason.value,)
 
 
-def _add(sums: Counter[tuple[str, tuple[str, ...]]], stream: StreamSnapshot) -> None:
-    """Adds a stream: what came from a leg was received there and sent at the opposite one."""
+def _add(sums: Counter[tuple[str, tuple[str, ...]]], view: SessionView) -> None:
+    """Adds a session, without what an earlier process has counted of it."""
+    for stream in view.streams:
+        _add_stream(sums, stream, 1)
+    for stream in view.carried:
+        _add_stream(sums, stream, -1)
+
+
+def _add_stream(sums: Counter[tuple[str, tuple[str, ...]]], stream: StreamSnapshot, sign: int) -> None:
+    """Adds or takes off a stream: what came from a leg was received there and sent at the opposite one."""
     leg, other = stream.leg.value, stream.leg.opposite.value
     for kind, packets, octets, relayed, relayed_octets in (
         ("rtp", stream.packets, stream.octets, stream.relayed_rtp, stream.relayed_rtp_octets),
         ("rtcp", stream.rtcp_packets, stream.rtcp_octets, stream.relayed_rtcp, stream.relayed_rtcp_octets),
     ):
-        sums["rtp_packets", ("rx", kind, leg)] += packets
-        sums["rtp_bytes", ("rx", kind, leg)] += octets
-        sums["rtp_packets", ("tx", kind, other)] += relayed
-        sums["rtp_bytes", ("tx", kind, other)] += relayed_octets
-    sums["rtp_lost", (leg,)] += max(0, stream.lost)
-    sums["rtp_reordered", (leg,)] += stream.reordered
+        sums["rtp_packets", ("rx", kind, leg)] += sign * packets
+        sums["rtp_bytes", ("rx", kind, leg)] += sign * octets
+        sums["rtp_packets", ("tx", kind, other)] += sign * relayed
+        sums["rtp_bytes", ("tx", kind, other)] += sign * relayed_octets
+    sums["rtp_lost", (leg,)] += sign * max(0, stream.lost)
+    sums["rtp_reordered", (leg,)] += sign * stream.reordered
     for reason, packets in stream.drops:
-        sums["rtp_dropped", (reason.value,)] += packets
+        sums["rtp_dropped", (reason.value,)] += sign * packets
 
 
 def _make_way(path: Path) -> None:

@@ -48,6 +48,11 @@ class GrpcSettings(Section):
     listen: Annotated[str, AfterValidator(_listen_target)] = "unix:///run/sippbx/media.sock"
     insecure: bool = False
 
+    @property
+    def socket_path(self) -> Path | None:
+        """The Unix socket's path; None for TCP."""
+        return Path(self.listen.removeprefix("unix://")) if self.listen.startswith("unix:") else None
+
     def contradictions(self) -> Iterator[Fault]:
         """A TCP port that others can reach has no protection of its own."""
         if self.listen.startswith("unix:") or self.insecure:
@@ -90,6 +95,7 @@ class LeaseSettings(Section):
 
     owner_grace_s: Annotated[float, Field(ge=1, le=86_400)] = 120.0
     tombstone_s: Annotated[float, Field(ge=1, le=86_400)] = 600.0
+    statistics_path: Path | None = Path("media-statistics.jsonl")
     drain_timeout_s: Annotated[float, Field(ge=0, le=86_400)] = 3600.0
 
 
@@ -108,6 +114,14 @@ class Settings(Section):
     media: MediaSettings = MediaSettings()
     lease: LeaseSettings = LeaseSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @property
+    def statistics_path(self) -> Path | None:
+        """Where statistics are kept for the next process; None where they are not."""
+        path, socket_path = self.lease.statistics_path, self.grpc.socket_path
+        if path is None or path.is_absolute():
+            return path
+        return None if socket_path is None else socket_path.parent / path
 
 
 def load(path: Path | None, environ: Mapping[str, str]) -> Settings:

@@ -1,17 +1,18 @@
 """The control plane's hold on the data plane: one gRPC connection, kept up for ever (sippbx.media.v1).
 
-Commands travel on one bidirectional stream, all that were queued in one iteration of the loop in one message. After a
-lost connection the client acquires the data plane again and makes it hold what is wanted: the same instance is sent
-what has no result and is told to drop what nobody wants; a new instance, the data plane having been restarted, is given
-every session again on its old ports. Calls outlive that; the packet counts of the earlier instance do not. Events are
-logged, a session that the data plane gives up is reported as lost.
+Commands travel on one bidirectional stream, all that were queued in one iteration of the loop in one message. Whenever
+it has connected, the client acquires the data plane and makes it hold what is wanted, be it the same process as before
+or another, and be the wishes its own or those that an earlier process of the control plane left in its journal: see
+MediaLedger. A data plane that was restarted is given every session again on its old ports with the sources that it had
+locked. Calls outlive that, and the data plane goes on counting where it had been. A session that it gives up is
+reported as lost.
 
 Once another control plane has acquired the data plane, this one is fenced: it sends nothing more and says so, once.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ import structlog
 from control.media import wire
 from control.media.ledger import Action, Command, MediaLedger, Purpose
 from control.metrics import ControlMetrics
-from control.pbx.media import MediaFailure, MediaInput, MediaLost, MediaSpec
+from control.pbx.media import MediaFailure, MediaInput, MediaLost, MediaSpec, RestoredSession
 from control.pbx.records import ErrorEvent
 from sippbx.media.v1 import event_pb2, media_service_pb2, media_service_pb2_grpc, node_pb2
 
@@ -33,7 +34,8 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _RPC_TIMEOUT_S = 2.0
 _PROBE_INTERVAL_S = 1.0
 _BACKOFF_FIRST_S = 0.05
-_BACKOFF_MOST_S = 1.0
+# A restarted data plane is to have its sessions back at once; asking a socket of this host costs nothing.
+_BACKOFF_MOST_S = 0.25
 _CHANNEL_OPTIONS = [
     # With a pool of its own, a new channel tries at once instead of sharing another's back-off.
     ("grpc.use_local_subchannel_pool", 1),
@@ -91,9 +93,19 @@ class MediaClient:
         self._task: asyncio.Task[None] | None = None
         self._instance_id = ""
         self._last_sequence = 0
+        self._history_until = 0
         self._capacity = node_pb2.Capacity()
         self._free_blocks = 0
         self._trouble: str | None = f"the data plane at {target} has not been reached yet"
+
+    def restore(self, sessions: Sequence[RestoredSession]) -> None:
+        """Take over the sessions of an earlier process of this control plane; to be called before `start`.
+
+        Their calls may wish at once for what they want of them. A session that cannot be had again in time is answered
+        with MediaLost.
+        """
+        self._ledger.restore(sessions, self._loop.time())
+        self._arm()
 
     def start(self, deliver: Callable[[MediaInput], None]) -> None:
         """Begin to connect; answers and losses go to `deliver`."""
@@ -109,7 +121,7 @@ class MediaClient:
         if self._alarm is not None:
             self._alarm.cancel()
             self._alarm = None
-        self._deliver(self._ledger.abandon("the control plane stops"))
+        self._deliver(self._ledger.abandon("the control plane stops", self._loop.time()))
         self._take = None
 
     @property
@@ -212,7 +224,8 @@ class MediaClient:
         same_instance = node.instance_id == self._instance_id
         if not same_instance:
             self._instance_id, self._last_sequence = node.instance_id, 0
-        present = await self._present(stub)
+            self._history_until = acquired.last_sequence
+        held = await self._held(stub)
         self._note_capacity(node.capacity)
         self._suspect.clear()
         self._trouble = None
@@ -225,23 +238,22 @@ class MediaClient:
             engine=node.engine,
             epoch=acquired.epoch,
             same_instance=same_instance,
-            sessions=len(present),
+            sessions=len(held),
         )
-        answers = self._ledger.connected(present, same_instance=same_instance, now=self._loop.time())
+        self._ledger.connected(held, same_instance=same_instance, now=self._loop.time())
         self._arm()
-        self._deliver(answers)
         return acquired.epoch
 
-    async def _present(self, stub: "MediaServiceAsyncStub") -> set[str]:
-        present: set[str] = set()
+    async def _held(self, stub: "MediaServiceAsyncStub") -> dict[str, wire.HeldSession]:
+        held: dict[str, wire.HeldSession] = {}
         token = ""
         while True:
             request = media_service_pb2.ListSessionsRequest(page_token=token)
             page = await stub.ListSessions(request, timeout=_RPC_TIMEOUT_S)
-            present.update(session.session_id for session in page.sessions)
+            held |= {session.session_id: wire.held_from_wire(session) for session in page.sessions}
             token = page.next_page_token
             if not token:
-                return present
+                return held
 
     async def _serve(self, stub: "MediaServiceAsyncStub", epoch: int) -> None:
         """Run the streams until one of them ends, which is never a normal end."""
@@ -334,10 +346,10 @@ class MediaClient:
     async def _catch_up(self, stub: "MediaServiceAsyncStub") -> None:
         """Events were lost: look for sessions that ended meanwhile."""
         standing = self._ledger.standing()
-        present = await self._present(stub)
-        _log.warning("media.events_lost", sessions=len(present))
-        for session_id in sorted(standing - present):
-            self._deliver(self._ledger.session_ended(session_id, "the data plane gave it up"))
+        held = await self._held(stub)
+        _log.warning("media.events_lost", sessions=len(held))
+        for session_id in sorted(standing - held.keys()):
+            self._deliver(self._ledger.session_ended(session_id, "the data plane gave it up", self._loop.time()))
 
     def _heard(self, event: event_pb2.MediaEvent) -> None:
         match event.WhichOneof("event"):
@@ -348,7 +360,15 @@ class MediaClient:
                 _log.debug("media.session_closed", session_id=event.session_id, reason=wire.close_reason_name(reason))
                 if reason in {event_pb2.CLOSE_REASON_WORKER_LOST, event_pb2.CLOSE_REASON_OWNER_LOST}:
                     detail = f"the data plane gave it up: {wire.close_reason_name(reason)}"
-                    self._deliver(self._ledger.session_ended(event.session_id, detail))
+                    self._deliver(self._ledger.session_ended(event.session_id, detail, self._loop.time()))
+            case "source_latched":
+                source = wire.learned_from_wire(event.source_latched)
+                if source is not None:
+                    self._deliver(self._ledger.latched(event.session_id, source))
+            case "relay_interrupted" if event.sequence > self._history_until:
+                gap_s = event.relay_interrupted.gap.ToTimedelta().total_seconds()
+                _log.warning("media.relay_interrupted", gap_s=gap_s, sessions=len(self._ledger))
+                self._deliver(self._ledger.interrupted(gap_s))
             case "silence":
                 leg = wire.leg_name(event.silence.leg)
                 _log.info("media.far_end_silent", session_id=event.session_id, leg=leg, line=event.silence.line)
@@ -398,9 +418,12 @@ def _to_wire(command: Command, now: float) -> media_service_pb2.Command:
     match command.purpose.action:
         case Action.CREATE if command.spec is not None:
             message.create.spec.CopyFrom(wire.spec_to_wire(command.spec))
+            message.create.spec.generation = command.generation
             message.create.first_port = command.first_port
+            message.create.learned_sources.extend(wire.learned_to_wire(source) for source in command.learned)
         case Action.UPDATE if command.spec is not None:
             message.update.spec.CopyFrom(wire.spec_to_wire(command.spec))
+            message.update.spec.generation = command.generation
         case _:
             message.delete.session_id = command.session_id
     return message

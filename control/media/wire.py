@@ -7,7 +7,16 @@ from datetime import UTC, datetime
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from control.pbx.media import LatchPolicy, LocalPorts, MediaEndpoint, MediaFailure, MediaKind, MediaMode, MediaSpec
+from control.pbx.media import (
+    LatchPolicy,
+    LearnedSource,
+    LocalPorts,
+    MediaEndpoint,
+    MediaFailure,
+    MediaKind,
+    MediaMode,
+    MediaSpec,
+)
 from control.pbx.records import LegName, StreamRecord
 from control.sip.address import Address
 from control.sip.sdp import Direction
@@ -49,6 +58,14 @@ class SessionState:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldSession:
+    """What the data plane holds under a session's id; `content` is all of its wanted state but the generation."""
+
+    generation: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class CommandError:
     """Why a command was not carried out. `code` is the contract's word for it, for metrics."""
 
@@ -68,6 +85,53 @@ def spec_to_wire(spec: MediaSpec) -> session_pb2.SessionSpec:
         endpoints=[_endpoint_to_wire(endpoint) for endpoint in spec.endpoints],
         selected_branch=spec.selected_branch,
     )
+
+
+def held_from_wire(session: session_pb2.Session) -> HeldSession:
+    """What the data plane holds."""
+    return HeldSession(session.generation, _content(session.spec))
+
+
+def is_held(held: HeldSession, spec: MediaSpec) -> bool:
+    """Whether what the data plane holds is what is wanted, under whichever generation."""
+    return held.content == _content(spec_to_wire(spec))
+
+
+def _content(spec: session_pb2.SessionSpec) -> bytes:
+    """A form that is equal for equal content; the order of endpoints has no meaning."""
+    endpoints = sorted(spec.endpoints, key=lambda endpoint: (endpoint.leg, endpoint.line, endpoint.branch))
+    content = session_pb2.SessionSpec(
+        session_id=spec.session_id, mode=spec.mode, endpoints=endpoints, selected_branch=spec.selected_branch
+    )
+    return content.SerializeToString(deterministic=True)
+
+
+def learned_to_wire(source: LearnedSource) -> session_pb2.LearnedSource:
+    """A source that was locked before."""
+    return session_pb2.LearnedSource(
+        leg=_LEGS[source.leg],
+        line=source.line,
+        signalled=_address_to_wire(source.signalled),
+        rtp=_address_to_wire(source.rtp),
+        rtcp=_address_to_wire(source.rtcp),
+    )
+
+
+def learned_from_wire(event: event_pb2.SourceLatched) -> LearnedSource | None:
+    """A source that was locked; None from a data plane of an earlier version, which does not say what was signalled."""
+    if event.leg not in _LEG_NAMES or not event.HasField("signalled"):
+        return None
+    return LearnedSource(
+        _LEG_NAMES[event.leg],
+        event.line,
+        _address_from_wire(event.signalled),
+        _address_from_wire(event.source) if event.HasField("source") else None,
+        _address_from_wire(event.rtcp_source) if event.HasField("rtcp_source") else None,
+    )
+
+
+def _address_from_wire(address: session_pb2.SocketAddress) -> Address:
+    return Address(address.address, address.port)
 
 
 def _endpoint_to_wire(endpoint: MediaEndpoint) -> session_pb2.Endpoint:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dataplane.session.relay import StreamEvent, StreamSnapshot
+from dataplane.session.relay import LearnedSource, StreamEvent, StreamSnapshot
 from dataplane.session.spec import RelayPlan
 
 
@@ -33,7 +33,7 @@ class SessionLost:
 
 @dataclass(frozen=True, slots=True)
 class EngineChanged:
-    """The engine became ready, or is no longer."""
+    """The engine became ready, or is no longer; ready again, it has all sessions again that it has not lost."""
 
     ready: bool
 
@@ -68,8 +68,12 @@ class RelayEngine(Protocol):
         """Make it ready."""
         ...
 
-    async def apply(self, plan: RelayPlan) -> None:
+    async def apply(
+        self, plan: RelayPlan, learned: tuple[LearnedSource, ...] = (), carried: tuple[StreamSnapshot, ...] = ()
+    ) -> None:
         """Carry out a plan, whole or not at all: bind what is new, let go what is not wanted any more.
+
+        A session that is new here goes on with the sources in `learned` and the figures in `carried`.
 
         Raises: BindFailedError.
         """

@@ -58,6 +58,16 @@ class _Known:
     learned: dict[tuple[Leg, int], LearnedSource] = field(default_factory=dict)
     streams: tuple[StreamSnapshot, ...] = ()
 
+    def revise(self, plan: RelayPlan) -> None:
+        """Take note of a plan; what was learned of a far end goes when that moves, also should it move back."""
+        self.plan = plan
+        signalled = {(port.leg, port.line): port.remote_rtp for port in plan.ports}
+        self.learned = {
+            key: source
+            for key, source in self.learned.items()
+            if signalled.get(key, source.signalled) == source.signalled
+        }
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -121,9 +131,11 @@ class UserspaceEngine:
         except TimeoutError:
             raise EngineUnavailableError("the relay worker did not start") from None
 
-    async def apply(self, plan: RelayPlan) -> None:
+    async def apply(
+        self, plan: RelayPlan, learned: tuple[LearnedSource, ...] = (), carried: tuple[StreamSnapshot, ...] = ()
+    ) -> None:
         """See RelayEngine."""
-        reply = (await self._ask(Apply(next(self._request_ids), plan))).reply.result()
+        reply = (await self._ask(Apply(next(self._request_ids), plan, learned, carried))).reply.result()
         if isinstance(reply, Refused):
             raise BindFailedError(reply.address, reply.port, reply.errno)
 
@@ -216,18 +228,18 @@ class UserspaceEngine:
             await process.wait()
 
     def _restoration(self) -> list[Request]:
-        """What a new worker is told: each session, then every request that has no reply; the first is a greeting."""
+        """What a new worker is told: each session, a greeting that it answers then, every request without a reply."""
         loop = asyncio.get_running_loop()
         still_wanted = (
             item for item in self._pending.items() if not item[1].is_restoration and not item[1].reply.done()
         )
         self._pending = dict(still_wanted)
         unanswered = [pending.request for pending in self._pending.values()]
-        told: list[Request] = [Collect(next(self._request_ids), ())]
-        told.extend(
+        told: list[Request] = [
             Apply(next(self._request_ids), known.plan, tuple(known.learned.values()), known.streams)
             for known in self._known.values()
-        )
+        ]
+        told.append(Collect(next(self._request_ids), ()))
         for request in told:
             self._pending[request.request_id] = _Pending(request, loop.create_future(), is_restoration=True)
         return told + unanswered
@@ -236,11 +248,10 @@ class UserspaceEngine:
         match message:
             case Applied() | Refused() | Removed() | Collected():
                 self._settle(message)
-            case SourceLatched(session_id=session_id, leg=leg, line=line, source=source):
+            case SourceLatched(session_id, _, leg, line, signalled, rtp, rtcp):
                 known = self._known.get(session_id)
                 if known is not None:
-                    signalled = next((p.remote_rtp for p in known.plan.ports if (p.leg, p.line) == (leg, line)), None)
-                    known.learned[leg, line] = LearnedSource(leg, line, signalled, source)
+                    known.learned[leg, line] = LearnedSource(leg, line, signalled, rtp, rtcp)
                 self._observer(message)
             case Apply() | Remove() | Collect():
                 raise ValueError(f"an engine is not told {type(message).__name__}")
@@ -267,9 +278,13 @@ class UserspaceEngine:
 
     def _note(self, pending: _Pending, reply: Reply) -> None:
         match pending.request, reply:
-            case Apply(plan=plan), Applied():
-                known = self._known.setdefault(plan.session_id, _Known(plan))
-                known.plan = plan
+            case Apply(plan=plan, learned=learned, carried=carried), Applied():
+                known = self._known.get(plan.session_id)
+                if known is None:
+                    by_port = {(source.leg, source.line): source for source in learned}
+                    self._known[plan.session_id] = _Known(plan, by_port, carried)
+                else:
+                    known.revise(plan)
             case Apply(plan=plan), Refused(address=address, port=port, errno=errno) if pending.is_restoration:
                 lost = self._known.pop(plan.session_id)
                 problem = f"{address} port {port}: {os.strerror(errno)}"

@@ -4,14 +4,12 @@ A frame is its length in four octets, network order, and a JSON array: the messa
 values nested alike. Both ends are the same program, so there are no versions. Only the classes in `Message` can arise.
 """
 
-import dataclasses
 import json
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final, Union, get_args, get_origin, get_type_hints
+from typing import Final
 
+from dataplane.session.plain import decoder_of, plain
 from dataplane.session.relay import (
     FirstPacket,
     LearnedSource,
@@ -102,7 +100,7 @@ Message = Request | Reply | StreamEvent
 
 def encode(message: Message) -> bytes:
     """Return the frame of a message."""
-    body = json.dumps([type(message).__name__, _plain(message)], separators=(",", ":")).encode()
+    body = json.dumps([type(message).__name__, plain(message)], separators=(",", ":")).encode()
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
@@ -136,38 +134,6 @@ class FrameBuffer:
             yield body
 
 
-def _plain(value: object) -> Any:
-    if dataclasses.is_dataclass(value):
-        return [_plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    return value
-
-
-def _decoder_of(hint: Any) -> Callable[[Any], Any]:
-    """Make a function that turns plain data back into a value of this type, known from its annotation."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
-        decode_inner = _decoder_of(inner)
-        return lambda value: None if value is None else decode_inner(value)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        decode_item = _decoder_of(arguments[0])
-        return lambda value: tuple(map(decode_item, value))
-    if origin is tuple:
-        decoders = [_decoder_of(argument) for argument in arguments]
-        return lambda value: tuple(decoder(item) for decoder, item in zip(decoders, value, strict=True))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        hints = get_type_hints(hint)
-        fields = [_decoder_of(hints[field.name]) for field in dataclasses.fields(hint)]
-        return lambda value: hint(*(decoder(item) for decoder, item in zip(fields, value, strict=True)))
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint
-    return lambda value: value
-
-
 _MESSAGES: Final = (
     Apply,
     Remove,
@@ -181,4 +147,4 @@ _MESSAGES: Final = (
     Silence,
     Resumed,
 )
-_DECODERS: Final = {message.__name__: _decoder_of(message) for message in _MESSAGES}
+_DECODERS: Final = {message.__name__: decoder_of(message) for message in _MESSAGES}

@@ -58,7 +58,14 @@ class CapacityChanged:
     capacity: Capacity
 
 
-NodeEvent = StreamEvent | SessionClosed | CapacityChanged
+@dataclass(frozen=True, slots=True)
+class RelayInterrupted:
+    """The engine relayed nothing for `gap_s`, and is back with its sessions."""
+
+    gap_s: float
+
+
+NodeEvent = StreamEvent | SessionClosed | CapacityChanged | RelayInterrupted
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,21 @@
 Commands on one session are carried out one after the other, in the order in which they were given; once begun they are
 finished, whoever waits for them. Every verb may be repeated. The node belongs to the control plane that acquired it
 last: while that one's command stream is gone, sessions go on for `owner_grace_s` and are then closed.
+
+A node may remember sessions of an earlier instance. One that is made again goes on with its figures; one that is
+deleted without that has them for its final ones.
 """
 
 import asyncio
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from itertools import takewhile
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
@@ -28,8 +32,16 @@ from dataplane.engine.engine import (
     SessionLost,
 )
 from dataplane.ports import BlockUnavailableError, PortBlock, PortPool, PortsExhaustedError
-from dataplane.service.events import Capacity, CapacityChanged, CloseReason, EventLog, NodeEvent, SessionClosed
-from dataplane.session.relay import StreamSnapshot
+from dataplane.service.events import (
+    Capacity,
+    CapacityChanged,
+    CloseReason,
+    EventLog,
+    NodeEvent,
+    RelayInterrupted,
+    SessionClosed,
+)
+from dataplane.session.relay import LearnedSource, StreamSnapshot
 from dataplane.session.spec import InvalidSpecError, SessionSpec, plan, validate
 
 log = structlog.get_logger(__name__)
@@ -38,6 +50,8 @@ T = TypeVar("T")
 
 _BIND_ATTEMPTS: Final = 3
 _MOST_TOMBSTONES: Final = 20_000
+# Within so many seconds of its end a session's final figures have been asked for, or the asking is under way.
+_RECENT_S: Final = 10.0
 
 
 class Refusal(StrEnum):
@@ -69,12 +83,16 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A session as it stands, or as it stood when it ended; `streams` is filled where it was asked for."""
+    """A session as it stands, or as it stood when it ended; `streams` is filled where it was asked for.
+
+    `carried` is what `streams` began with: the figures of an earlier instance.
+    """
 
     spec: SessionSpec
     block: PortBlock
     created_at: datetime
     streams: tuple[StreamSnapshot, ...] = ()
+    carried: tuple[StreamSnapshot, ...] = ()
 
 
 class Ownership:
@@ -116,7 +134,8 @@ class _Tombstone:
 class MediaNode:
     """See the module. `first_epoch` is the first one to be granted; `utc_now` dates events and sessions.
 
-    The engine is given with `attach`, because it reports to `observe`.
+    `remembered` are sessions of an earlier instance with their figures; they are forgotten after `tombstone_s`. The
+    engine is given with `attach`, because it reports to `observe`.
     """
 
     def __init__(
@@ -129,6 +148,7 @@ class MediaNode:
         first_epoch: int,
         clock: Callable[[], float],
         utc_now: Callable[[], datetime],
+        remembered: Iterable[SessionView] = (),
     ) -> None:
         self.events = events
         self.owner: Ownership | None = None
@@ -148,7 +168,10 @@ class MediaNode:
         self._operations: set[asyncio.Task[Any]] = set()
         self._draining = ""
         self._accepting: bool | None = None
-        self._closed_streams: dict[str, tuple[StreamSnapshot, ...]] = {}
+        self._interrupted_at: float | None = None
+        self._closed: list[SessionView] = []
+        self._remembered = {view.spec.session_id: view for view in remembered}
+        self._remembered_until = clock() + tombstone_s
 
     # ------------------------------------------------------------------------------------------------------- lifetime
 
@@ -171,7 +194,8 @@ class MediaNode:
                 if view is not None:
                     log.error("session.lost", session_id=session_id, problem=problem)
                     self._bury(view, CloseReason.WORKER_LOST, streams)
-            case EngineChanged():
+            case EngineChanged(ready):
+                self._note_interruption(ready=ready)
                 self._note_capacity()
             case _:
                 self._publish(event)
@@ -198,6 +222,8 @@ class MediaNode:
         now = self._clock()
         while self._tombstones and next(iter(self._tombstones.values())).until <= now:
             self._tombstones.popitem(last=False)
+        if self._remembered and self._remembered_until <= now:
+            self._remembered.clear()
         owner = self.owner
         if self._sessions and owner is not None and owner.absent_s(now) >= self._owner_grace_s:
             log.error("node.owner_lost", owner_id=owner.owner_id, sessions=len(self._sessions))
@@ -224,11 +250,21 @@ class MediaNode:
             raise RefusedError(Refusal.FENCED, f"epoch {epoch} is not in force: {newest}")
         return self.owner
 
+    async def settled(self) -> None:
+        """Wait until the operations that were begun by now have ended."""
+        if self._operations:
+            await asyncio.wait(set(self._operations))
+
     # ------------------------------------------------------------------------------------------------------- sessions
 
-    async def create(self, spec: SessionSpec, first_port: int = 0) -> SessionView:
-        """Make a session, on the block that begins with `first_port` unless that is 0. Raises RefusedError."""
-        return await self._finish(spec.session_id, self._create(spec, first_port))
+    async def create(
+        self, spec: SessionSpec, first_port: int = 0, learned: tuple[LearnedSource, ...] = ()
+    ) -> SessionView:
+        """Make a session, on the block that begins with `first_port` unless that is 0. Raises RefusedError.
+
+        `learned` are the sources that were locked for it before.
+        """
+        return await self._finish(spec.session_id, self._create(spec, first_port, learned))
 
     async def update(self, spec: SessionSpec) -> SessionView:
         """Replace the wanted state of a session. Raises RefusedError."""
@@ -277,10 +313,22 @@ class MediaNode:
             not_accepting_reason=why_not,
         )
 
-    def take_closed_streams(self) -> Mapping[str, tuple[StreamSnapshot, ...]]:
-        """Return the final figures of the sessions that ended since the last call, by session id."""
-        streams, self._closed_streams = self._closed_streams, {}
-        return streams
+    def take_closed(self) -> Sequence[SessionView]:
+        """Return the sessions that ended since the last call, with their final figures."""
+        closed, self._closed = self._closed, []
+        return closed
+
+    def live(self, figures: Mapping[str, tuple[StreamSnapshot, ...]]) -> Sequence[SessionView]:
+        """Return all sessions with their `figures`, by session id, as the engine collected them."""
+        return [
+            replace(view, streams=figures.get(session_id, view.carried)) for session_id, view in self._sessions.items()
+        ]
+
+    def ended(self) -> Sequence[SessionView]:
+        """Return the sessions that are over and whose figures somebody may still ask a later instance for."""
+        recent = self._clock() - _RECENT_S + self._tombstone_s
+        tombstones = takewhile(lambda tombstone: tombstone.until > recent, reversed(self._tombstones.values()))
+        return [*self._remembered.values(), *(tombstone.view for tombstone in tombstones)]
 
     # ------------------------------------------------------------------------------------------------------- internal
 
@@ -302,7 +350,7 @@ class MediaNode:
         if not task.cancelled():
             task.exception()  # whoever waited has it; where nobody does any more, that is no news
 
-    async def _create(self, spec: SessionSpec, first_port: int) -> SessionView:
+    async def _create(self, spec: SessionSpec, first_port: int, learned: tuple[LearnedSource, ...]) -> SessionView:
         self._check(spec)
         existing = self._sessions.get(spec.session_id)
         if existing is not None:
@@ -316,29 +364,43 @@ class MediaNode:
             raise RefusedError(Refusal.SESSION_DELETED, f"session {spec.session_id} was deleted")
         if self._draining:
             raise RefusedError(Refusal.DRAINING, self._draining)
-        block = await self._bind_block(spec, first_port)
-        view = SessionView(spec, block, self._utc_now())
+        earlier = self._remembered.get(spec.session_id)
+        carried = () if earlier is None else earlier.streams
+        block = await self._bind_block(spec, first_port, learned, carried)
+        created_at = self._utc_now() if earlier is None else earlier.created_at
+        view = SessionView(spec, block, created_at, carried=carried)
+        self._remembered.pop(spec.session_id, None)
         self._sessions[spec.session_id] = view
         self.sessions_created += 1
         self._note_capacity()
-        log.info("session.created", session_id=spec.session_id, first_port=block.first)
+        log.info("session.created", session_id=spec.session_id, first_port=block.first, again=earlier is not None)
         return view
 
-    async def _bind_block(self, spec: SessionSpec, first_port: int) -> PortBlock:
+    async def _bind_block(
+        self,
+        spec: SessionSpec,
+        first_port: int,
+        learned: tuple[LearnedSource, ...],
+        carried: tuple[StreamSnapshot, ...],
+    ) -> PortBlock:
         """Take a block and bind what is needed of it; where a stranger has one of its ports, try a few others."""
         for attempt in range(1, _BIND_ATTEMPTS + 1):
             block = self._take_block(first_port)
             try:
-                await self.engine.apply(plan(spec, block))
+                await self.engine.apply(plan(spec, block), learned, carried)
             except BindFailedError as error:
                 refused = _bind_refusal(error)
                 if refused.refusal is Refusal.ADDRESS_NOT_LOCAL:
                     self._pool.put_back(block)
                     raise refused from error
-                self._pool.release(block, self._clock())
                 self.allocation_failures[Refusal.BIND_FAILED] += 1
                 log.warning("block.not_bound", session_id=spec.session_id, problem=refused.message)
-                if first_port or attempt == _BIND_ATTEMPTS or error.errno != errno.EADDRINUSE:
+                if first_port:
+                    # Whoever names a block wants that one, and will ask for it again.
+                    self._pool.put_back(block)
+                    raise refused from error
+                self._pool.release(block, self._clock())
+                if attempt == _BIND_ATTEMPTS or error.errno != errno.EADDRINUSE:
                     raise refused from error
             except EngineUnavailableError as error:
                 # Should it have been carried out after all, it is undone behind it.
@@ -391,6 +453,8 @@ class MediaNode:
         if view is None:
             if session_id in self._tombstones:
                 return self._tombstones[session_id].view
+            if session_id in self._remembered:
+                return self._remembered[session_id]
             raise self._unknown(session_id)
         streams = await self._remove_from_engine(session_id)
         if session_id not in self._sessions:
@@ -415,7 +479,7 @@ class MediaNode:
         if len(self._tombstones) > _MOST_TOMBSTONES:
             self._tombstones.popitem(last=False)
         self.sessions_closed[reason] += 1
-        self._closed_streams[session_id] = streams
+        self._closed.append(final)
         self._publish(SessionClosed(session_id, reason, streams))
         log.info("session.closed", session_id=session_id, reason=reason)
         self._note_capacity()
@@ -431,6 +495,14 @@ class MediaNode:
         if session_id in self._tombstones:
             return RefusedError(Refusal.SESSION_DELETED, f"session {session_id} was deleted")
         return RefusedError(Refusal.UNKNOWN_SESSION, f"there is no session {session_id}")
+
+    def _note_interruption(self, *, ready: bool) -> None:
+        if not ready:
+            self._interrupted_at = self._clock()
+        elif self._interrupted_at is not None:
+            gap_s, self._interrupted_at = self._clock() - self._interrupted_at, None
+            log.warning("relay.interrupted", gap_s=round(gap_s, 3), sessions=len(self._sessions))
+            self._publish(RelayInterrupted(gap_s))
 
     def _note_capacity(self) -> None:
         capacity = self.capacity()

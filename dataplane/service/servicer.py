@@ -1,6 +1,7 @@
 """The gRPC face of the node: sippbx.media.v1.MediaService."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ MAX_EVENTS = 256
 HEARTBEAT_S = 5.0
 DEFAULT_TIMEOUT_S = 5.0
 CLOCK_STEP_S = 0.1
+# A new owner waits so long at most for what the one before had begun.
+SETTLE_S = 1.0
 
 _STATUS_CODES = {
     Refusal.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
@@ -73,8 +76,12 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
             refused = RefusedError(Refusal.INVALID_ARGUMENT, "owner_id: must be 1 to 64 printable ASCII characters")
             await self._abort("Acquire", refused, context)
         ownership = self._node.acquire(owner_id)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._node.settled(), SETTLE_S)
         self._observe("Acquire", "OK")
-        return media_service_pb2.AcquireResponse(epoch=ownership.epoch, node=self._describe())
+        return media_service_pb2.AcquireResponse(
+            epoch=ownership.epoch, node=self._describe(), last_sequence=self._node.events.last
+        )
 
     async def Command(  # noqa: N802
         self,
@@ -141,7 +148,7 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
 
         async def carry_out(command: media_service_pb2.Command) -> None:
             try:
-                await results.put(await self._carry_out(command))
+                await results.put(await self._carry_out(command, owner))
             finally:
                 room.release()
 
@@ -169,16 +176,18 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
             return RefusedError(Refusal.INVALID_ARGUMENT, f"commands: more than {MAX_COMMANDS} in one message")
         return None
 
-    async def _carry_out(self, command: media_service_pb2.Command) -> media_service_pb2.CommandResult:
+    async def _carry_out(self, command: media_service_pb2.Command, owner: Ownership) -> media_service_pb2.CommandResult:
         timeout_s = command.timeout.ToTimedelta().total_seconds() if command.HasField("timeout") else DEFAULT_TIMEOUT_S
         method = command.WhichOneof("action") or "none"
         result = media_service_pb2.CommandResult(command_id=command.command_id)
         try:
             async with asyncio.timeout(timeout_s):
+                self._node.owner_of(owner.epoch)
                 match method:
                     case "create":
                         spec = wire.spec_from_wire(command.create.spec)
-                        view = await self._node.create(spec, command.create.first_port)
+                        learned = wire.learned_from_wire(command.create.learned_sources)
+                        view = await self._node.create(spec, command.create.first_port, learned)
                     case "update":
                         view = await self._node.update(wire.spec_from_wire(command.update.spec))
                     case "delete":

@@ -8,9 +8,24 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from dataplane.ports import PortBlock
-from dataplane.service.events import Capacity, CapacityChanged, CloseReason, Record, SessionClosed
+from dataplane.service.events import (
+    Capacity,
+    CapacityChanged,
+    CloseReason,
+    Record,
+    RelayInterrupted,
+    SessionClosed,
+)
 from dataplane.service.node import Refusal, RefusedError, SessionView
-from dataplane.session.relay import DropReason, FirstPacket, Resumed, Silence, SourceLatched, StreamSnapshot
+from dataplane.session.relay import (
+    DropReason,
+    FirstPacket,
+    LearnedSource,
+    Resumed,
+    Silence,
+    SourceLatched,
+    StreamSnapshot,
+)
 from dataplane.session.spec import (
     Address,
     Direction,
@@ -96,6 +111,31 @@ def _endpoint(index: int, wire: session_pb2.Endpoint) -> Endpoint:
         else "",
         payload_types=tuple(PayloadType(p.number, p.encoding_name, p.clock_rate) for p in wire.payload_types),
     )
+
+
+def learned_from_wire(wire: Iterable[session_pb2.LearnedSource]) -> tuple[LearnedSource, ...]:
+    """The sources that were locked before.
+
+    Raises:
+        RefusedError: INVALID_ARGUMENT, an enum or an address that is unknown; the message names the field.
+    """
+    return tuple(_learned_source(f"learned_sources[{index}]", source) for index, source in enumerate(wire))
+
+
+def _learned_source(at: str, wire: session_pb2.LearnedSource) -> LearnedSource:
+    return LearnedSource(
+        _known(_LEGS, wire.leg, f"{at}.leg"),
+        wire.line,
+        _source_address(f"{at}.signalled", wire.signalled),
+        _source_address(f"{at}.rtp", wire.rtp) if wire.HasField("rtp") else None,
+        _source_address(f"{at}.rtcp", wire.rtcp) if wire.HasField("rtcp") else None,
+    )
+
+
+def _source_address(field: str, wire: session_pb2.SocketAddress) -> Address:
+    if not 1 <= wire.port <= 65535:
+        raise RefusedError(Refusal.INVALID_ARGUMENT, f"{field}.port: {wire.port} is not between 1 and 65535")
+    return _address(field, wire)
 
 
 def _numeric(field: str, text: str) -> str:
@@ -203,14 +243,16 @@ class Translator:
                 wire.session_id = session_id
                 packet = event_pb2.FirstPacket(leg=_LEG_NUMBERS[leg], line=line, source=_socket_address(source))
                 wire.first_packet.CopyFrom(packet)
-            case SourceLatched(session_id, _, leg, line, source, differs):
+            case SourceLatched(session_id, _, leg, line, signalled, rtp, rtcp):
                 wire.session_id = session_id
                 wire.source_latched.CopyFrom(
                     event_pb2.SourceLatched(
                         leg=_LEG_NUMBERS[leg],
                         line=line,
-                        source=_socket_address(source),
-                        differs_from_signalled=differs,
+                        source=_socket_address(rtp),
+                        differs_from_signalled=rtp not in {None, signalled},
+                        rtcp_source=_socket_address(rtcp),
+                        signalled=_socket_address(signalled),
                     )
                 )
             case Silence(session_id, _, leg, line, last_packet_at):
@@ -227,6 +269,8 @@ class Translator:
                 )
             case CapacityChanged(changed):
                 wire.capacity_changed.CopyFrom(event_pb2.CapacityChanged(capacity=capacity(changed)))
+            case RelayInterrupted(gap_s):
+                wire.relay_interrupted.CopyFrom(event_pb2.RelayInterrupted(gap=_duration(gap_s)))
         return wire
 
 

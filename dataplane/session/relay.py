@@ -103,14 +103,15 @@ class FirstPacket:
 
 @dataclass(frozen=True, slots=True)
 class SourceLatched:
-    """A source was locked for RTP of this far end."""
+    """A source of this far end was locked: all that is locked now, while `signalled` is its address for RTP."""
 
     session_id: str
     at: float
     leg: Leg
     line: int
-    source: Address
-    differs_from_signalled: bool
+    signalled: Address
+    rtp: Address | None
+    rtcp: Address | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +140,13 @@ StreamEvent = FirstPacket | SourceLatched | Silence | Resumed
 
 @dataclass(frozen=True, slots=True)
 class LearnedSource:
-    """A source that was locked while `signalled` was in force, so that it need not be learned again."""
+    """What was locked while `signalled` was in force, so that it need not be learned again."""
 
     leg: Leg
     line: int
-    signalled: Address | None
-    source: Address
+    signalled: Address
+    rtp: Address | None
+    rtcp: Address | None
 
 
 @dataclass(slots=True)
@@ -260,9 +262,13 @@ class RelayPort:
                 # Its late packets must not take the lock again (they would qualify where only the port changed).
                 self._former, self._former_until = self._source, now + _FORMER_SOURCE_REST_S
             self._source = self._rtcp_source = self._candidate = None
-        elif plan.remote_rtcp != old.remote_rtcp or plan.rtcp_mux != old.rtcp_mux:
+            self._adopt(plan)
+        elif self._rtcp_source is not None and (plan.remote_rtcp, plan.rtcp_mux) != (old.remote_rtcp, old.rtcp_mux):
             self._rtcp_source = None
-        self._adopt(plan)
+            self._adopt(plan)
+            self._locked(now)
+        else:
+            self._adopt(plan)
 
     def connect(self, opposite: "RelayPort", now: float) -> None:
         """Join with the opposite port pair, or take note that either plan changed."""
@@ -290,9 +296,13 @@ class RelayPort:
             self._relayed_rtp, self._relayed_rtp_octets = snapshot.relayed_rtp, snapshot.relayed_rtp_octets
             self._relayed_rtcp, self._relayed_rtcp_octets = snapshot.relayed_rtcp, snapshot.relayed_rtcp_octets
             self._drops.update(snapshot.drops)
-        if learned is not None and learned.signalled == self.plan.remote_rtp:
-            host, port = learned.source
-            self._source = (host, port, 0, 0) if ":" in host else (host, port)
+        if learned is None or learned.signalled != self.plan.remote_rtp:
+            return
+        rtp = learned.rtp
+        if rtp is not None and self._fit(rtp) is not None and (":" in rtp[0]) == (":" in learned.signalled[0]):
+            self._source = _source(rtp)
+        if learned.rtcp is not None and not self._mux and self._is_admitted_rtcp(learned.rtcp):
+            self._rtcp_source = _source(learned.rtcp)
 
     def check_silence(self, now: float, silence_s: float) -> None:
         """Report a Silence or its end; to be called about once a second."""
@@ -363,23 +373,30 @@ class RelayPort:
 
     def _rank(self, source: Source, now: float) -> _Rank | None:
         """Rank a source that is not the locked one; None means not acceptable now."""
-        plan = self.plan
-        if self._source is not None or plan.remote_rtp is None:
+        if self._source is not None:
             return None
-        if _address(source) == plan.remote_rtp:
-            return _Rank.EXACT
-        if plan.latch_policy is LatchPolicy.STRICT or (source == self._former and now < self._former_until):
-            return None
-        if source[0] == plan.remote_rtp[0]:
-            rank = _Rank.SAME_HOST
-        elif source[0] == plan.signalling_address:
-            rank = _Rank.SIGNALLING_HOST
-        else:
+        rank = self._fit(_address(source))
+        if rank is None or rank is _Rank.EXACT:
+            return rank
+        if source == self._former and now < self._former_until:
             return None
         candidate = self._candidate
         if candidate is not None and rank < candidate.rank and now - candidate.at < _CANDIDATE_LIFE_S:
             return None
         return rank
+
+    def _fit(self, address: Address) -> _Rank | None:
+        """Rank an address by what was signalled; None where the policy does not admit it."""
+        plan = self.plan
+        if plan.remote_rtp is None:
+            return None
+        if address == plan.remote_rtp:
+            return _Rank.EXACT
+        if plan.latch_policy is LatchPolicy.STRICT:
+            return None
+        if address[0] == plan.remote_rtp[0]:
+            return _Rank.SAME_HOST
+        return _Rank.SIGNALLING_HOST if address[0] == plan.signalling_address else None
 
     def _learn(self, source: Source, rank: _Rank, ssrc: bytes, now: float) -> None:
         """Take a step towards locking `source`, whose packet has passed every test."""
@@ -394,27 +411,36 @@ class RelayPort:
         if rank is _Rank.EXACT or candidate.packets >= _LOCK_AFTER:
             self._source = source
             self._candidate = None
-            differs = rank is not _Rank.EXACT
-            self._outbox.append(SourceLatched(self.session_id, now, plan.leg, plan.line, _address(source), differs))
-            if self.opposite is not None:
-                self.opposite.route()
+            self._locked(now)
+
+    def _locked(self, now: float) -> None:
+        """Tell what is locked now, and let the opposite port send there."""
+        plan = self.plan
+        if plan.remote_rtp is not None:
+            rtp = None if self._source is None else _address(self._source)
+            rtcp = None if self._rtcp_source is None else _address(self._rtcp_source)
+            latched = SourceLatched(self.session_id, now, plan.leg, plan.line, plan.remote_rtp, rtp, rtcp)
+            self._outbox.append(latched)
+        if self.opposite is not None:
+            self.opposite.route()
 
     def _admits_rtcp(self, source: Source, now: float) -> bool:
         plan = self.plan
         if plan.rtcp_mux:
             # The RTP port's source is the one to go by; RTCP alone does not lock it.
             return source == self._source or self._rank(source, now) is _Rank.EXACT
-        if self._rtcp_source is not None:
+        if self._rtcp_source is not None or not self._is_admitted_rtcp(_address(source)):
             return False
-        nat_aware = plan.latch_policy is LatchPolicy.NAT_AWARE
-        if _address(source) == plan.remote_rtcp or (
-            nat_aware and self._source is not None and source[0] == self._source[0]
-        ):
-            self._rtcp_source = source
-            if self.opposite is not None:
-                self.opposite.route()
+        self._rtcp_source = source
+        self._locked(now)
+        return True
+
+    def _is_admitted_rtcp(self, address: Address) -> bool:
+        plan = self.plan
+        if address == plan.remote_rtcp:
             return True
-        return False
+        is_nat_aware = plan.latch_policy is LatchPolicy.NAT_AWARE
+        return is_nat_aware and self._source is not None and address[0] == self._source[0]
 
 
 class MediaSession:
@@ -471,6 +497,10 @@ class MediaSession:
 
 def _address(source: Source) -> Address:
     return source[0], source[1]
+
+
+def _source(address: Address) -> Source:
+    return (*address, 0, 0) if ":" in address[0] else address
 
 
 def _learning_key(plan: PortPlan) -> tuple[str, Address | None, LatchPolicy, str]:

@@ -40,7 +40,7 @@ class ScriptedMediaServer(media_service_pb2_grpc.MediaServiceServicer):
         self.acquired = asyncio.Event()
         self._instances = itertools.count(1)
         self._tombstones: dict[str, session_pb2.Session] = {}
-        self._sequence = 0
+        self._events: list[event_pb2.MediaEvent] = []
         self._watchers: list[asyncio.Queue[event_pb2.MediaEvent]] = []
         self._server: grpc.aio.Server | None = None
 
@@ -51,7 +51,7 @@ class ScriptedMediaServer(media_service_pb2_grpc.MediaServiceServicer):
             self.epoch = 0
             self.sessions.clear()
             self._tombstones.clear()
-            self._sequence = 0
+            self._events.clear()
         self.acquired.clear()
         self._server = grpc.aio.server()
         media_service_pb2_grpc.add_MediaServiceServicer_to_server(self, self._server)
@@ -71,8 +71,8 @@ class ScriptedMediaServer(media_service_pb2_grpc.MediaServiceServicer):
 
     def emit(self, session_id: str = "", **event: Any) -> None:
         """Sends an event to the watchers, `event` being one field of MediaEvent."""
-        self._sequence += 1
-        message = event_pb2.MediaEvent(sequence=self._sequence, session_id=session_id, **event)
+        message = event_pb2.MediaEvent(sequence=len(self._events) + 1, session_id=session_id, **event)
+        self._events.append(message)
         for watcher in self._watchers:
             watcher.put_nowait(message)
 
@@ -104,7 +104,7 @@ class ScriptedMediaServer(media_service_pb2_grpc.MediaServiceServicer):
     ) -> media_service_pb2.AcquireResponse:
         self.epoch += 1
         self.acquired.set()
-        return media_service_pb2.AcquireResponse(epoch=self.epoch, node=self.node())
+        return media_service_pb2.AcquireResponse(epoch=self.epoch, node=self.node(), last_sequence=len(self._events))
 
     async def GetNode(  # noqa: N802
         self, request: media_service_pb2.GetNodeRequest, context: Any
@@ -133,6 +133,7 @@ class ScriptedMediaServer(media_service_pb2_grpc.MediaServiceServicer):
         events: asyncio.Queue[event_pb2.MediaEvent] = asyncio.Queue()
         self._watchers.append(events)
         try:
+            yield media_service_pb2.WatchResponse(events=self._events[request.resume_after :])
             while True:
                 yield media_service_pb2.WatchResponse(events=[await events.get()])
         finally:

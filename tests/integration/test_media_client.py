@@ -1,7 +1,7 @@
 """control.media.client against a scripted data plane, over real gRPC."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,16 +9,22 @@ import pytest
 from control.media.client import MediaClient
 from control.metrics import ControlMetrics
 from control.pbx.media import (
+    LearnedSource,
     LocalPorts,
     MediaClosed,
     MediaFailed,
     MediaFailure,
     MediaInput,
+    MediaInterrupted,
+    MediaLatched,
     MediaLost,
     MediaOpened,
+    MediaSpec,
     MediaUpdated,
+    RestoredSession,
 )
 from control.pbx.records import ErrorEvent, LegName
+from control.sip.address import Address
 from sippbx.media.v1 import event_pb2, node_pb2, session_pb2
 from tests.harness.media_server import ScriptedMediaServer
 from tests.harness.media_specs import media_spec
@@ -31,7 +37,14 @@ PORTS = (LocalPorts(LegName.CALLER, 0, 10_000, 10_001), LocalPorts(LegName.CALLE
 class Phone:
     """Whoever wishes for media: a client and its answers."""
 
-    def __init__(self, target: str, *, command_timeout_s: float = 5.0, lost_timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        command_timeout_s: float = 5.0,
+        lost_timeout_s: float = 10.0,
+        restored: Sequence[RestoredSession] = (),
+    ) -> None:
         self.metrics = ControlMetrics()
         self.answers: asyncio.Queue[MediaInput] = asyncio.Queue()
         self.fenced = asyncio.Event()
@@ -45,6 +58,7 @@ class Phone:
             fenced=self.fenced.set,
             publish=self.errors.append,
         )
+        self.client.restore(restored)
         self.client.start(self.answers.put_nowait)
 
     async def answer(self) -> MediaInput:
@@ -180,9 +194,16 @@ async def test_a_new_instance_gets_every_session_again_on_its_ports(phone: Phone
     await server.restart()
     await until(lambda: len(server.sessions) == 2)
     assert sorted(server.commands()) == ["create s2 1 at 10008", "create s3 2 at 10016"]
-    assert phone.answers.empty()
+    told = {await phone.answer(), await phone.answer()}
+    assert {(answer.session_id, type(answer)) for answer in told} == {
+        ("s2", MediaInterrupted),
+        ("s3", MediaInterrupted),
+    }
     phone.client.close("s3")
-    assert isinstance(await phone.answer(), MediaClosed)
+    closed = await phone.answer()
+    assert isinstance(closed, MediaClosed)
+    assert closed.interruptions == 1
+    assert closed.gap_s > 0
 
 
 async def test_ports_that_are_still_held_for_a_moment_are_tried_again(
@@ -194,6 +215,7 @@ async def test_ports_that_are_still_held_for_a_moment_are_tried_again(
     await server.restart()
     await until(lambda: "s1" in server.sessions)
     await until(lambda: phone.metrics.registry.get_sample_value("sip_pbx_media_restores_total", {"result": "ok"}) == 1)
+    assert isinstance(await phone.answer(), MediaInterrupted)
     assert phone.answers.empty()
 
 
@@ -208,7 +230,9 @@ async def test_a_data_plane_that_stays_away_costs_the_session_once(server: Scrip
     assert lost.session_id == "s1"
     assert [(error.component, error.kind) for error in phone.errors] == [("media", "data-plane-lost")]
     phone.client.close("s1")
-    assert await phone.answer() == MediaClosed("s1", None)
+    closed = await phone.answer()
+    assert isinstance(closed, MediaClosed)
+    assert (closed.streams, closed.interruptions) == (None, 1)
     await asyncio.sleep(0.3)
     assert phone.answers.empty()
     await phone.client.stop()
@@ -252,7 +276,9 @@ async def test_a_session_that_the_data_plane_gave_up_is_lost_once(phone: Phone, 
     assert isinstance(lost, MediaLost)
     assert "worker_lost" in lost.detail
     phone.client.close("s1")
-    assert await phone.answer() == MediaClosed("s1", None)
+    closed = await phone.answer()
+    assert isinstance(closed, MediaClosed)
+    assert closed.streams, "the statistics of the tombstone"
 
 
 async def test_lost_events_are_made_up_for_by_the_list(phone: Phone, server: ScriptedMediaServer) -> None:
@@ -277,6 +303,109 @@ async def test_events_resume_behind_the_last_one_seen(phone: Phone, server: Scri
     await server.restart()
     await until(lambda: len(server.watch_requests) == 3)
     assert [request.resume_after for request in server.watch_requests] == [0, 4, 0]
+
+
+FAR_END = Address("192.0.2.1", 4000)
+
+
+def restorable(session_id: str, generation: int, first_port: int) -> RestoredSession:
+    source = LearnedSource(LegName.CALLER, 0, FAR_END, Address("192.0.2.1", 4444), None)
+    return RestoredSession(media_spec(session_id, generation, remote=FAR_END), first_port, (source,))
+
+
+async def opened(server: ScriptedMediaServer, *specs: MediaSpec) -> None:
+    """Sessions of a control plane that is no more."""
+    predecessor = Phone(server.target)
+    await predecessor.connected()
+    for spec in specs:
+        predecessor.client.open(spec)
+        assert isinstance(await predecessor.answer(), MediaOpened)
+    await predecessor.client.stop()
+    server.batches.clear()
+
+
+async def test_sessions_of_an_earlier_process_are_adopted_amended_and_made_again_as_needed(
+    server: ScriptedMediaServer,
+) -> None:
+    as_wanted = media_spec("s1", 3, remote=FAR_END)
+    await opened(server, as_wanted, media_spec("s2", 1), media_spec("s3"))
+    phone = Phone(
+        server.target, restored=[restorable("s1", 3, 10_000), restorable("s2", 2, 10_008), restorable("s4", 5, 10_400)]
+    )
+    interrupted = await phone.answer()
+    assert isinstance(interrupted, MediaInterrupted)
+    assert (interrupted.session_id, interrupted.interruptions) == ("s4", 1)
+    await until(lambda: "s3" not in server.sessions and server.sessions["s2"].generation == 2)
+    assert sorted(server.commands()) == ["create s4 5 at 10400", "delete s3", "update s2 2"]
+    [create] = [command.create for batch in server.batches for command in batch if command.HasField("create")]
+    assert [(source.leg, source.rtp.port) for source in create.learned_sources] == [(session_pb2.LEG_CALLER, 4444)]
+    assert phone.answers.empty()
+    await phone.client.stop()
+
+
+async def test_a_restored_session_that_was_closed_before_the_connection_gives_its_statistics(
+    server: ScriptedMediaServer,
+) -> None:
+    await opened(server, media_spec("s1"), media_spec("s2"))
+    phone = Phone(server.target, restored=[restorable("s1", 1, 10_000), restorable("s2", 1, 10_008)])
+    phone.client.update(media_spec("s2", 2))
+    phone.client.close("s1")
+    answers = [await phone.answer(), await phone.answer()]
+    assert sorted(type(answer).__name__ for answer in answers) == ["MediaClosed", "MediaUpdated"]
+    assert sorted(server.commands()) == ["delete s1", "update s2 2"]
+    await phone.client.stop()
+
+
+async def test_restored_sessions_are_lost_once_when_no_data_plane_comes(tmp_path: Path) -> None:
+    restored = [restorable("s1", 1, 10_000), restorable("s2", 1, 10_008)]
+    phone = Phone(f"unix://{tmp_path}/nobody.sock", lost_timeout_s=0.2, restored=restored)
+    assert [type(await phone.answer()) for _ in restored] == [MediaLost, MediaLost]
+    await asyncio.sleep(0.3)
+    assert phone.answers.empty()
+    await phone.client.stop()
+
+
+async def test_a_latched_source_is_told_once_and_given_to_a_new_instance(
+    phone: Phone, server: ScriptedMediaServer
+) -> None:
+    phone.client.open(media_spec("s1", remote=FAR_END))
+    await phone.answer()
+    signalled = session_pb2.SocketAddress(address="192.0.2.1", port=4000)
+    latched = event_pb2.SourceLatched(
+        leg=session_pb2.LEG_CALLER,
+        signalled=signalled,
+        source=session_pb2.SocketAddress(address="192.0.2.1", port=4444),
+        differs_from_signalled=True,
+    )
+    for _ in range(2):
+        server.emit("s1", source_latched=latched)
+    source = LearnedSource(LegName.CALLER, 0, FAR_END, Address("192.0.2.1", 4444), None)
+    assert await phone.answer() == MediaLatched("s1", source)
+    server.batches.clear()
+    await server.restart()
+    assert isinstance(await phone.answer(), MediaInterrupted)
+    [command] = server.batches[0]
+    assert [learned.rtp.port for learned in command.create.learned_sources] == [4444]
+
+
+async def test_an_interruption_within_the_data_plane_is_told_unless_it_was_before_this_process(
+    server: ScriptedMediaServer,
+) -> None:
+    as_wanted = restorable("s1", 1, 10_000)
+    await opened(server, as_wanted.spec)
+    interruption = event_pb2.RelayInterrupted()
+    interruption.gap.FromMilliseconds(250)
+    server.emit(relay_interrupted=interruption)
+    phone = Phone(server.target, restored=[as_wanted])
+    await until(lambda: phone.client._last_sequence == 1)
+    server.emit(relay_interrupted=interruption)
+    assert await phone.answer() == MediaInterrupted("s1", 1, 0.25)
+    await server.restart(new_instance=False)
+    await until(lambda: len(server.watch_requests) == 3)
+    server.emit(relay_interrupted=interruption)
+    assert await phone.answer() == MediaInterrupted("s1", 2, 0.5)
+    assert phone.answers.empty()
+    await phone.client.stop()
 
 
 async def test_a_fenced_client_says_so_and_never_comes_back(phone: Phone, server: ScriptedMediaServer) -> None:

@@ -52,8 +52,11 @@ class AcquireResponse(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """To be sent with every command. Higher than any before it on this instance."""
+    last_sequence: _builtins.int
+    """The sequence number of its last event so far: what Watch gives up to that one has happened before."""
     @_builtins.property
     def node(self) -> _node_pb2.Node:
         """The data plane that granted it."""
@@ -63,10 +66,11 @@ class AcquireResponse(_message.Message):
         *,
         epoch: _builtins.int = ...,
         node: _node_pb2.Node | None = ...,
+        last_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "last_sequence", b"last_sequence", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

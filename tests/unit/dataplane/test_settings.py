@@ -49,6 +49,25 @@ def test_what_cannot_work_is_refused_by_the_name_of_its_key(
 
 
 @pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("grpc: {listen: 'unix:///run/x/media.sock'}", "/run/x/media-statistics.jsonl"),
+        ("lease: {statistics_path: kept.jsonl}", "/run/sippbx/kept.jsonl"),
+        ("lease: {statistics_path: /data/kept.jsonl}\ngrpc: {listen: '127.0.0.1:50052'}", "/data/kept.jsonl"),
+        ("grpc: {listen: '127.0.0.1:50052'}", None),
+        ("lease: {statistics_path: null}", None),
+    ],
+    ids=["beside the socket", "named beside the socket", "absolute", "no socket", "switched off"],
+)
+def test_statistics_are_kept_beside_the_socket_unless_it_is_said_where(
+    tmp_path: Path, text: str, path: str | None
+) -> None:
+    config = tmp_path / "dataplane.yaml"
+    config.write_text(text)
+    assert load(config, {}).statistics_path == (None if path is None else Path(path))
+
+
+@pytest.mark.parametrize(
     "listen", ["unix:///run/x.sock", "127.0.0.1:50052", "[::1]:50052"], ids=["socket", "IPv4", "IPv6"]
 )
 def test_places_that_only_this_host_reaches_need_no_further_word(listen: str) -> None:

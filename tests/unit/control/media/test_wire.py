@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 import pytest
 
 from control.media import wire
-from control.pbx.media import LatchPolicy, MediaEndpoint, MediaFailure, MediaKind, MediaMode
+from control.pbx.media import LatchPolicy, LearnedSource, MediaEndpoint, MediaFailure, MediaKind, MediaMode
 from control.pbx.records import LegName
 from control.sip.address import Address
 from control.sip.sdp import Direction, PayloadType
@@ -50,6 +50,31 @@ def test_a_spec_is_written_whole() -> None:
         ],
         selected_branch="b1",
     )
+
+
+def test_what_is_held_is_compared_by_content_whatever_the_order_and_the_generation() -> None:
+    spec = media_spec("s1", 7, remote=Address("192.0.2.1", 4000))
+    message = wire.spec_to_wire(replace(spec, generation=9, endpoints=spec.endpoints[::-1]))
+    held = wire.held_from_wire(session_pb2.Session(session_id="s1", generation=9, spec=message))
+    assert held.generation == 9
+    assert wire.is_held(held, spec)
+    assert not wire.is_held(held, media_spec("s1", 9, remote=Address("192.0.2.1", 4002)))
+
+
+def test_a_latched_source_is_read_and_written_back() -> None:
+    signalled = session_pb2.SocketAddress(address="192.0.2.1", port=4000)
+    locked = session_pb2.SocketAddress(address="192.0.2.1", port=4444)
+    event = event_pb2.SourceLatched(leg=session_pb2.LEG_CALLEE, line=1, signalled=signalled, rtcp_source=locked)
+    source = LearnedSource(LegName.CALLEE, 1, Address("192.0.2.1", 4000), None, Address("192.0.2.1", 4444))
+    assert wire.learned_from_wire(event) == source
+    assert wire.learned_to_wire(source) == session_pb2.LearnedSource(
+        leg=session_pb2.LEG_CALLEE, line=1, signalled=signalled, rtcp=locked
+    )
+
+
+def test_a_latch_of_an_earlier_version_is_passed_over() -> None:
+    source = session_pb2.SocketAddress(address="192.0.2.1", port=4444)
+    assert wire.learned_from_wire(event_pb2.SourceLatched(leg=session_pb2.LEG_CALLER, source=source)) is None
 
 
 def test_remotes_that_are_not_known_are_absent() -> None:

@@ -51,7 +51,7 @@ STREAM = StreamSnapshot(
 @pytest.mark.parametrize(
     "message",
     [
-        Apply(1, RelayPlan("s", 2, (PORT,)), (LearnedSource(Leg.CALLER, 0, None, ("::2", 9)),), (STREAM,)),
+        Apply(1, RelayPlan("s", 2, (PORT,)), (LearnedSource(Leg.CALLER, 0, ("::2", 8), ("::2", 9), None),), (STREAM,)),
         Remove(2, "s"),
         Collect(3, None),
         Collect(4, ("a", "b")),
@@ -60,7 +60,7 @@ STREAM = StreamSnapshot(
         Removed(7, (STREAM, StreamSnapshot(Leg.CALLEE, 1))),
         Collected(8, (SessionStreams("s", (STREAM,)),), last=True),
         FirstPacket("s", 1.5, Leg.CALLER, 0, ("::2", 1)),
-        SourceLatched("s", 1.5, Leg.CALLER, 0, ("::2", 1), differs_from_signalled=True),
+        SourceLatched("s", 1.5, Leg.CALLER, 0, ("::2", 2), ("::2", 1), None),
         Silence("s", 1.5, Leg.CALLER, 0, None),
         Resumed("s", 1.5, Leg.CALLER, 0),
     ],

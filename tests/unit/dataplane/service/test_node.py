@@ -9,10 +9,17 @@ from datetime import UTC, datetime
 import pytest
 
 from dataplane.engine.engine import BindFailedError, EngineChanged, EngineUnavailableError, SessionLost
-from dataplane.ports import PortPool
-from dataplane.service.events import CapacityChanged, CloseReason, EventLog, NodeEvent, SessionClosed
+from dataplane.ports import PortBlock, PortPool
+from dataplane.service.events import (
+    CapacityChanged,
+    CloseReason,
+    EventLog,
+    NodeEvent,
+    RelayInterrupted,
+    SessionClosed,
+)
 from dataplane.service.node import MediaNode, Refusal, RefusedError, SessionView
-from dataplane.session.relay import Resumed, StreamSnapshot
+from dataplane.session.relay import LearnedSource, Resumed, StreamSnapshot
 from dataplane.session.spec import (
     Direction,
     Endpoint,
@@ -39,6 +46,7 @@ class BookKeeper:
     def __init__(self) -> None:
         self.ready = True
         self.plans: dict[str, RelayPlan] = {}
+        self.brought: dict[str, tuple[tuple[LearnedSource, ...], tuple[StreamSnapshot, ...]]] = {}
         self.failures: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -47,11 +55,14 @@ class BookKeeper:
     async def start(self) -> None:
         self.ready = True
 
-    async def apply(self, plan: RelayPlan) -> None:
+    async def apply(
+        self, plan: RelayPlan, learned: tuple[LearnedSource, ...] = (), carried: tuple[StreamSnapshot, ...] = ()
+    ) -> None:
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
         self.plans[plan.session_id] = plan
+        self.brought.setdefault(plan.session_id, (learned, carried))
 
     async def remove(self, session_id: str) -> tuple[StreamSnapshot, ...]:
         if not self.answers:
@@ -68,9 +79,9 @@ class BookKeeper:
 
 
 class World:
-    """A node of a few blocks, its engine, and time."""
+    """A node of a few blocks, its engine, and time. `remembered` are sessions of an earlier instance."""
 
-    def __init__(self, blocks: int = 2) -> None:
+    def __init__(self, blocks: int = 2, remembered: Sequence[SessionView] = ()) -> None:
         self.now = 1000.0
         self.engine = BookKeeper()
         self.node = MediaNode(
@@ -81,6 +92,7 @@ class World:
             first_epoch=5,
             clock=lambda: self.now,
             utc_now=lambda: datetime(2030, 1, 1, tzinfo=UTC),
+            remembered=remembered,
         )
         self.node.attach(self.engine)
 
@@ -177,6 +189,12 @@ async def test_a_named_block_that_cannot_be_bound_is_refused_with_port_and_cause
     assert reason is Refusal.BIND_FAILED
     assert "21001" in message
     assert "in use" in message
+
+
+async def test_a_named_block_that_could_not_be_bound_may_be_asked_for_again_at_once(world: World) -> None:
+    world.engine.failures = [BindFailedError("127.0.0.1", 21_001, errno.EADDRINUSE)]
+    await refusal(world.node.create(spec(), 21_000))
+    assert (await world.node.create(spec(), 21_000)).block.first == 21_000
 
 
 async def test_an_address_that_is_not_of_this_host_costs_no_block(world: World) -> None:
@@ -377,13 +395,87 @@ async def test_a_list_with_figures_is_refused_when_the_engine_does_not_answer(wo
         await world.node.list("", 10, with_streams=True)
 
 
-async def test_the_figures_of_ended_sessions_are_taken_once(world: World) -> None:
+async def test_sessions_that_ended_are_taken_once(world: World) -> None:
     await world.node.create(spec())
-    await world.node.delete("s")
-    assert world.node.take_closed_streams() == {"s": STREAMS}
-    assert world.node.take_closed_streams() == {}
+    final = await world.node.delete("s")
+    assert world.node.take_closed() == [final]
+    assert world.node.take_closed() == []
 
 
 async def test_tombstones_are_views_of_the_last_state(world: World) -> None:
     created = await world.node.create(spec())
     assert await world.node.delete("s") == replace(created, streams=STREAMS)
+
+
+# --------------------------------------------------------------------------------------------- of an earlier instance
+
+EARLIER = SessionView(spec(), PortBlock(21_008, 8), datetime(2029, 1, 1, tzinfo=UTC), STREAMS)
+LEARNED = (LearnedSource(Leg.CALLER, 0, ("127.0.0.2", 4000), ("127.0.0.2", 4444), None),)
+
+
+async def test_a_session_made_again_goes_on_with_its_sources_figures_and_age() -> None:
+    world = World(remembered=[EARLIER])
+    view = await world.node.create(spec(generation=2), 21_008, LEARNED)
+    assert world.engine.brought["s"] == (LEARNED, STREAMS)
+    assert (view.block.first, view.created_at, view.carried) == (21_008, EARLIER.created_at, STREAMS)
+    assert world.node.ended() == []
+
+
+async def test_a_session_that_could_not_be_made_again_is_still_remembered() -> None:
+    world = World(remembered=[EARLIER])
+    world.engine.failures = [BindFailedError("127.0.0.1", 21_009, errno.EADDRINUSE)]
+    await refusal(world.node.create(spec(), 21_008))
+    assert (await world.node.create(spec(), 21_008)).carried == STREAMS
+
+
+async def test_a_session_that_is_not_made_again_gives_what_is_remembered_of_it() -> None:
+    world = World(remembered=[EARLIER])
+    assert await world.node.delete("s") == await world.node.delete("s") == EARLIER
+    assert world.closed() == []
+
+
+async def test_what_nobody_asks_for_is_forgotten() -> None:
+    world = World(remembered=[EARLIER])
+    world.now += TOMBSTONE_S
+    await world.node.tick()
+    assert (await refusal(world.node.delete("s")))[0] is Refusal.UNKNOWN_SESSION
+
+
+async def test_a_later_instance_is_left_what_runs_what_ended_lately_and_what_was_left_to_this_one() -> None:
+    world = World(blocks=3, remembered=[EARLIER])
+    await world.node.create(spec("long-ended"))
+    await world.node.delete("long-ended")
+    world.now += 60
+    await world.node.create(spec("ended"))
+    await world.node.create(spec("running"))
+    await world.node.delete("ended")
+    assert [view.spec.session_id for view in world.node.ended()] == ["s", "ended"]
+    assert [(view.spec.session_id, view.streams) for view in world.node.live({"running": STREAMS})] == [
+        ("running", STREAMS)
+    ]
+
+
+async def test_a_session_made_again_that_was_not_collected_yet_has_the_figures_it_began_with() -> None:
+    world = World(remembered=[EARLIER])
+    await world.node.create(spec(), 21_008)
+    assert [view.streams for view in world.node.live({})] == [STREAMS]
+
+
+def test_a_relay_that_failed_and_is_back_is_told_with_the_time_it_took(world: World) -> None:
+    world.node.observe(EngineChanged(ready=True))
+    world.node.observe(EngineChanged(ready=False))
+    world.now += 0.25
+    world.node.observe(EngineChanged(ready=True))
+    assert [event for event in world.events() if isinstance(event, RelayInterrupted)] == [RelayInterrupted(0.25)]
+
+
+async def test_what_was_begun_can_be_waited_for(world: World) -> None:
+    world.engine.gate.clear()
+    begun = asyncio.create_task(world.node.create(spec()))
+    await asyncio.sleep(0)
+    settled = asyncio.create_task(world.node.settled())
+    await asyncio.sleep(0)
+    assert not settled.done()
+    world.engine.gate.set()
+    await asyncio.wait_for(settled, 1.0)
+    assert (await begun).spec == spec()

@@ -21,7 +21,7 @@ from dataplane.session.relay import (
     StreamEvent,
     StreamSnapshot,
 )
-from dataplane.session.spec import Direction, LatchPolicy, Leg, PortPlan, RelayPlan
+from dataplane.session.spec import Address, Direction, LatchPolicy, Leg, PortPlan, RelayPlan
 from tests.unit.dataplane.packets import rtcp, rtp
 
 CALLER = ("192.0.2.1", 4000)
@@ -234,7 +234,7 @@ def test_the_signalled_address_locks_at_once() -> None:
     bench.receive()
     assert bench.events == [
         FirstPacket("s", bench.now, Leg.CALLER, 0, CALLER),
-        SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, False),
+        SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, CALLER, None),
     ]
     assert bench.stream().source == CALLER
 
@@ -265,7 +265,7 @@ def test_an_address_behind_nat_locks_after_three_packets_and_is_then_sent_to(sou
     assert bench.receive(source=CALLEE, leg=Leg.CALLEE) == Forward(Component.RTP, CALLER)
     bench.receive(source=source)
     assert bench.stream().source == source
-    assert bench.events[-1] == SourceLatched("s", bench.now, Leg.CALLER, 0, (source[0], source[1]), True)
+    assert bench.events[-1] == SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, (source[0], source[1]), None)
     assert bench.receive(source=CALLEE, leg=Leg.CALLEE) == Forward(Component.RTP, source)
 
 
@@ -384,6 +384,23 @@ def test_a_new_signalled_rtcp_address_unlocks_rtcp_alone() -> None:
     assert bench.receive(rtcp(), (CALLER[0], 4999), component=Component.RTCP) is not None
 
 
+def test_the_source_of_rtcp_is_told_beside_that_of_rtp() -> None:
+    bench = Bench()
+    rtcp_source = (CALLER[0], CALLER[1] + 1)
+    bench.receive(rtcp(), rtcp_source, component=Component.RTCP)
+    assert bench.events == [SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, None, rtcp_source)]
+    bench.receive()
+    assert bench.events[-1] == SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, CALLER, rtcp_source)
+
+
+def test_a_source_of_rtcp_that_is_unlocked_is_told_to_be() -> None:
+    bench = Bench()
+    bench.receive()
+    bench.receive(rtcp(), (CALLER[0], CALLER[1] + 1), component=Component.RTCP)
+    bench.apply(replace(CALLER_PLAN, remote_rtcp=(CALLER[0], 4999)))
+    assert bench.events[-1] == SourceLatched("s", bench.now, Leg.CALLER, 0, CALLER, CALLER, None)
+
+
 def test_ipv6_sources_are_compared_by_host_and_port() -> None:
     bench = Bench(replace(CALLER_PLAN, remote_rtp=("2001:db8::1", 4000)))
     assert bench.receive(source=("2001:db8::1", 4000, 0, 0)) is not None
@@ -457,7 +474,7 @@ def test_a_session_made_again_goes_on_with_its_sources_and_figures() -> None:
     for _ in range(3):
         first.receive(source=(SIGNALLING, 4444))
     carried = first.session.close()
-    learned = (LearnedSource(Leg.CALLER, 0, CALLER, (SIGNALLING, 4444)),)
+    learned = (LearnedSource(Leg.CALLER, 0, CALLER, (SIGNALLING, 4444), None),)
     again = MediaSession("s", first.events)
     first.events.clear()
     again.apply(RelayPlan("s", 1, (CALLER_PLAN, CALLEE_PLAN)), first.now, learned, carried)
@@ -468,10 +485,58 @@ def test_a_session_made_again_goes_on_with_its_sources_and_figures() -> None:
     assert first.events == []
 
 
+def made_again(caller: PortPlan, rtp_source: Address | None, rtcp_source: Address | None = None) -> Bench:
+    """A session whose caller's sources were locked before."""
+    bench = Bench()
+    bench.session = MediaSession("s", bench.events)
+    learned = (LearnedSource(Leg.CALLER, 0, CALLER, rtp_source, rtcp_source),)
+    bench.session.apply(RelayPlan("s", 1, (caller, CALLEE_PLAN)), bench.now, learned)
+    return bench
+
+
+def test_a_source_made_again_is_sent_to_and_nobody_else_is_heard_at_once() -> None:
+    bench = made_again(CALLER_PLAN, (SIGNALLING, 4444), (SIGNALLING, 4447))
+    to_caller = bench.receive(rtcp(), (CALLEE[0], CALLEE[1] + 1), component=Component.RTCP, leg=Leg.CALLEE)
+    assert to_caller == Forward(Component.RTCP, (SIGNALLING, 4447))
+    assert bench.receive(source=CALLEE, leg=Leg.CALLEE) == Forward(Component.RTP, (SIGNALLING, 4444))
+    assert bench.receive(source=CALLER) is None
+    assert bench.receive(rtcp(), (CALLER[0], CALLER[1] + 1), component=Component.RTCP) is None
+    assert bench.receive(source=(SIGNALLING, 4444)) is not None
+    assert bench.receive(rtcp(), (SIGNALLING, 4447), component=Component.RTCP) is not None
+
+
+@pytest.mark.parametrize(
+    ("plan", "source"),
+    [
+        (replace(CALLER_PLAN, latch_policy=LatchPolicy.STRICT), (CALLER[0], 4444)),
+        (CALLER_PLAN, STRANGER),
+        (replace(CALLER_PLAN, signalling_address="2001:db8::1"), ("2001:db8::1", 4444)),
+    ],
+    ids=["strict", "stranger", "other family"],
+)
+def test_a_source_that_the_policy_does_not_admit_is_not_taken_over(plan: PortPlan, source: Address) -> None:
+    bench = made_again(plan, source)
+    assert bench.stream().source is None
+    assert bench.receive(source=CALLER) is not None
+
+
+def test_a_source_of_rtcp_that_the_policy_does_not_admit_is_not_taken_over() -> None:
+    bench = made_again(CALLER_PLAN, (SIGNALLING, 4444), STRANGER)
+    assert bench.receive(rtcp(), STRANGER, component=Component.RTCP) is None
+    assert bench.receive(rtcp(), (SIGNALLING, 4445), component=Component.RTCP) is not None
+
+
+def test_a_session_made_again_learns_anew_when_its_far_end_moves() -> None:
+    bench = made_again(CALLER_PLAN, (SIGNALLING, 4444))
+    bench.apply(replace(CALLER_PLAN, remote_rtp=(CALLER[0], 4100)))
+    assert bench.stream().source is None
+    assert bench.receive(source=(CALLER[0], 4100)) is not None
+
+
 def test_an_ipv6_source_made_again_is_the_one_that_sockets_give() -> None:
     plan = replace(CALLER_PLAN, remote_rtp=("2001:db8::1", 4000), signalling_address="2001:db8::2")
     session = MediaSession("s", [])
-    learned = (LearnedSource(Leg.CALLER, 0, plan.remote_rtp, ("2001:db8::2", 4444)),)
+    learned = (LearnedSource(Leg.CALLER, 0, ("2001:db8::1", 4000), ("2001:db8::2", 4444), None),)
     session.apply(RelayPlan("s", 1, (plan, CALLEE_PLAN)), 0.0, learned)
     packet = rtp()
     source = ("2001:db8::2", 4444, 0, 0)
@@ -480,7 +545,7 @@ def test_an_ipv6_source_made_again_is_the_one_that_sockets_give() -> None:
 
 def test_a_source_learned_for_another_address_is_not_taken_over() -> None:
     session = MediaSession("s", [])
-    learned = (LearnedSource(Leg.CALLER, 0, ("192.0.2.77", 1), STRANGER),)
+    learned = (LearnedSource(Leg.CALLER, 0, ("192.0.2.77", 1), (CALLER[0], 9), None),)
     session.apply(RelayPlan("s", 1, (CALLER_PLAN, CALLEE_PLAN)), 0.0, learned)
     assert all(stream.source is None for stream in session.snapshot())
 
