@@ -12,7 +12,8 @@ Exit codes:
     1   an internal error; the log has it
     2   the settings or the command line are refused; standard error has every fault
     3   an address or a port cannot be bound; the message names it
-    4   fenced: another control plane has acquired the data plane; nothing was ended
+    4   fenced: another control plane has acquired the data plane or the store; nothing was ended, and with --supervise
+        it is not restarted
     5   the store of call records cannot be opened
     70  with --supervise: the process died too often
 """
@@ -24,7 +25,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from control.app import EXIT_ADDRESS, EXIT_CONFIGURATION, run
+from control.app import EXIT_ADDRESS, EXIT_CONFIGURATION, EXIT_FENCED, run
 from control.settings.settings import Settings, load
 from sippbx.runtime.logging import configure_logging
 from sippbx.runtime.settings_reader import SettingsError
@@ -60,7 +61,8 @@ def _supervise(settings: Settings, config: Path | None) -> None:
         (listener.name, bind_udp(UdpListener(listener.bind, listener.port))) for listener in settings.sip.listeners
     ]
     command = [sys.executable, "-m", "control", *(("--config", str(config)) if config else ())]
-    exec_supervised("control", sockets, command)
+    # Whoever has what this one had would lose it again to a restart.
+    exec_supervised("control", sockets, command, options=["--final", str(EXIT_FENCED)])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The supervisor: runs one command, restarts it at once after it dies, and may be PID 1 of a container.
 
-    python -m sippbx.runtime.supervisor --name NAME [--max-restarts N] [--window S] -- COMMAND...
+    python -m sippbx.runtime.supervisor --name NAME [--max-restarts N] [--window S] [--final CODE]... -- COMMAND...
 
 A container orchestrator restarts with a growing back-off, far too slowly for a call; this does it within milliseconds,
 and gives up after N restarts within S seconds, so that the orchestrator sees a plane that cannot start.
@@ -12,7 +12,8 @@ child. The child leads a process group of its own, so a terminal's Ctrl-C reache
 the supervisor dies, and what it leaves in its group when it dies itself. Orphans are reaped.
 
 Exit codes:
-    the child's   it ended after a stop signal; or by itself with 0 (finished) or 2 (its configuration is refused)
+    the child's   it ended after a stop signal; or by itself with 0 (finished), 2 (its configuration is refused), or a
+                  code that was given as final
     128 + signal  the child was killed by a signal after a stop signal (137: by the third one)
     70            the child died too often; the log's last line is "supervisor.gave_up"
     127           the command cannot be executed
@@ -30,7 +31,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NoReturn
 
@@ -76,13 +77,24 @@ class RestartCap:
 
 
 class Supervisor:
-    """Runs `command` under `cap`; `name` is for the log and `socket_names` are those of the descriptors from 3 on."""
+    """Runs `command` under `cap`; `name` is for the log and `socket_names` are those of the descriptors from 3 on.
 
-    def __init__(self, name: str, command: Sequence[str], cap: RestartCap, socket_names: Sequence[str]) -> None:
+    After one of `final_codes` it is not restarted, as after FINAL_EXIT_CODES.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        cap: RestartCap,
+        socket_names: Sequence[str],
+        final_codes: Iterable[int] = (),
+    ) -> None:
         self._name = name
         self._command = list(command)
         self._cap = cap
         self._socket_names = socket_names
+        self._final_codes = FINAL_EXIT_CODES.union(final_codes)
         self._child = 0
         self._stop_signals = 0
 
@@ -100,7 +112,7 @@ class Supervisor:
             if status is None:
                 continue
             code = exit_code(status)
-            if self._stop_signals or code in FINAL_EXIT_CODES:
+            if self._stop_signals or code in self._final_codes:
                 self._log("info", "supervisor.stopped", exit_code=code)
                 return code
             if not self._cap.allows(time.monotonic()):
@@ -177,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", required=True, help="what the log calls it")
     parser.add_argument("--max-restarts", type=int, default=10, metavar="N", help="within the window (default 10)")
     parser.add_argument("--window", type=float, default=60.0, metavar="S", help="seconds (default 60)")
+    parser.add_argument(
+        "--final", type=int, action="append", default=[], metavar="CODE", help="an exit code after which not to restart"
+    )
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
     options = parser.parse_args(arguments)
     try:
@@ -184,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SocketError as error:
         parser.error(str(error))
     cap = RestartCap(options.max_restarts, options.window)
-    return Supervisor(options.name, options.command, cap, socket_names).run()
+    return Supervisor(options.name, options.command, cap, socket_names, options.final).run()
 
 
 if __name__ == "__main__":

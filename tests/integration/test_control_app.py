@@ -235,13 +235,15 @@ def test_supervising_hands_over_the_named_sockets_and_the_same_settings(
 ) -> None:
     config = tmp_path / "control.yaml"
     config.write_text(yaml.safe_dump({"sip": {"listeners": [{"name": "udp", "bind": HOST, "port": SIP_PORT}]}}))
-    handed: list[tuple[str, list[tuple[str, int]], list[str]]] = []
+    handed: list[tuple[str, list[tuple[str, int]], list[str], list[str]]] = []
 
     class _ExecError(Exception):
         pass
 
-    def exec_supervised(name: str, sockets: list[tuple[str, socket.socket]], command: list[str]) -> None:
-        handed.append((name, [(each, sock.getsockname()[1]) for each, sock in sockets], command[1:]))
+    def exec_supervised(
+        name: str, sockets: list[tuple[str, socket.socket]], command: list[str], *, options: list[str]
+    ) -> None:
+        handed.append((name, [(each, sock.getsockname()[1]) for each, sock in sockets], command[1:], options))
         for _, sock in sockets:
             sock.close()
         raise _ExecError
@@ -249,5 +251,6 @@ def test_supervising_hands_over_the_named_sockets_and_the_same_settings(
     monkeypatch.setattr(__main__, "exec_supervised", exec_supervised)
     with pytest.raises(_ExecError):
         __main__.main(["--config", str(config), "--supervise"])
-    assert handed == [("control", [("udp", SIP_PORT)], ["-m", "control", "--config", str(config)])]
+    command = ["-m", "control", "--config", str(config)]
+    assert handed == [("control", [("udp", SIP_PORT)], command, ["--final", str(app.EXIT_FENCED)])]
     assert "LISTEN_FDS" not in os.environ

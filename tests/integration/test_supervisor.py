@@ -137,6 +137,12 @@ def test_stop_signal_is_forwarded_once_and_the_childs_exit_code_returned(start: 
     assert len(supervised.events("supervisor.child_started")) == 1
 
 
+def test_child_that_ends_with_a_final_code_is_not_restarted(start: Start) -> None:
+    supervised = start(["sh", "-c", "echo pid $$; exit 4"], "--final", "4")
+    assert supervised.wait() == 4
+    assert len(supervised.lines("pid")) == 1
+
+
 def test_hangup_is_forwarded_and_stops_nothing(start: Start) -> None:
     supervised = start(child_command())
     child = supervised.child(0)
