@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
+from pathlib import Path
 
 import structlog
 
@@ -24,6 +25,8 @@ from control.api.grpc_api import GrpcApi
 from control.api.http_api import HttpApi
 from control.api.service import ApiBindError, ControlService, NodeView
 from control.b2bua.b2bua import B2bua
+from control.b2bua.registration import restored_bindings
+from control.b2bua.saved_calls import Instant, brought_back, offset_s
 from control.events.call_log import log_call_event
 from control.events.cdr import CdrFile
 from control.events.codec import call_id_of, encode, event_id, event_type
@@ -32,7 +35,8 @@ from control.events.webhook import Webhooks
 from control.media.client import MediaClient
 from control.metrics import ControlMetrics, product_version
 from control.pbx.admission import Admission
-from control.pbx.records import CallEvent, CallRecord, Event
+from control.pbx.media import RestoredSession
+from control.pbx.records import CallEvent, CallEventKind, CallRecord, ErrorEvent, Event
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
@@ -40,11 +44,14 @@ from control.settings.sections import ListenerSettings
 from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
+from control.sip.snapshot import SnapshotError
 from control.sip.stack import SipStack
 from control.sip.transaction import Timers
 from control.store.database import Database, StoreError
 from control.store.events import EventStore, StoredEvent
+from control.store.journal import Journal, JournalEntry
 from control.store.records import RecordStore
+from control.store.registrations import RegistrationStore
 from control.transport.udp import UdpTransport
 from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
@@ -91,7 +98,7 @@ async def run(settings: Settings, inherited: Mapping[str, socket.socket]) -> int
 class ControlPlane:
     """Everything that runs, for as long as `started` is open."""
 
-    def __init__(self, settings: Settings, stop: Stop) -> None:
+    def __init__(self, settings: Settings, stop: Stop, metrics: ControlMetrics, database: Database) -> None:
         self._settings = settings
         self._stop = stop
         self._fenced = False
@@ -99,7 +106,11 @@ class ControlPlane:
         self._started_at = _utc_now()
         self._transports: dict[str, UdpTransport] = {}
         self._listeners = {listener.name: listener for listener in settings.sip.listeners}
-        self.metrics = ControlMetrics()
+        self.metrics = metrics
+        self._database = database
+        clock = asyncio.get_running_loop().time
+        self._journal = Journal(database, boot_id=_boot_id(), clock=clock)
+        self._registrations = RegistrationStore(database, boot_id=_boot_id(), clock=clock)
         self._admission = Admission(
             max_calls=settings.limits.max_calls,
             calls_per_second=settings.limits.calls_per_second,
@@ -149,6 +160,8 @@ class ControlPlane:
             new_token=_new_token,
             clock=asyncio.get_running_loop().time,
             utc_now=_utc_now,
+            journal=self._journal,
+            bindings=self._registrations,
         )
 
     @classmethod
@@ -160,8 +173,12 @@ class ControlPlane:
 
         Raises: SocketError, ProbeError, ApiBindError, StoreError.
         """
-        plane = cls(settings, stop)
         async with contextlib.AsyncExitStack() as running:
+            metrics = ControlMetrics()
+            database = await Database.open(settings.store.path, metrics=metrics)
+            running.push_async_callback(database.close)
+            plane = cls(settings, stop, metrics, database)
+            database.when_fenced(plane._lose_ownership)
             await plane._start(running, inherited)
             yield plane
 
@@ -222,10 +239,13 @@ class ControlPlane:
         lag = asyncio.create_task(sample_loop_lag(self.metrics.event_loop_lag), name="loop-lag")
         running.callback(lag.cancel)
         records, events = await self._keep_records(running)
+        await self._take_up_registrations()
+        self._media.restore(await self._take_up_calls())
         self._media.start(self._b2bua.media_input)
         running.push_async_callback(self._media.stop)
         for transport in self._transports.values():
             transport.start()
+        self._b2bua.resume()
         await self._serve_programs(running, records, events)
         self._starting = False
         # What stands now lives as long as the process: the collector need not look at it again.
@@ -268,17 +288,60 @@ class ControlPlane:
             registrations=len(self._registrar),
         )
 
+    async def _take_up_registrations(self) -> None:
+        """Know the phones that the process before this one knew.
+
+        Raises: StoreError.
+        """
+        for saved in await self._registrations.load():
+            then = Instant(saved.saved_now, saved.boot_id, saved.saved_at)
+            try:
+                self._registrar.restore(restored_bindings(saved.bindings, offset_s=offset_s(then, _here())))
+            except SnapshotError as error:
+                _log.warning("registration.unreadable", user=saved.aor, reason=str(error))
+
+    async def _take_up_calls(self) -> list[RestoredSession]:
+        """Take up the calls of the process before this one; what cannot be read is set aside, with a record.
+
+        Raises: StoreError.
+        """
+        sessions: list[RestoredSession] = []
+        here = _here()
+        for entry in await self._journal.load():
+            then = Instant(entry.saved_now, entry.boot_id, entry.saved_at)
+            try:
+                if entry.trouble:
+                    raise SnapshotError(entry.trouble)
+                call = brought_back(
+                    entry.snapshot, then=then, here=here, new_token=_new_token, random=secrets.SystemRandom().random
+                )
+                session = self._b2bua.take_up(call)
+            except SnapshotError as error:
+                self._set_aside(entry, str(error))
+            else:
+                sessions += [] if session is None else [session]
+        return sessions
+
+    def _set_aside(self, entry: JournalEntry, reason: str) -> None:
+        """End a call of which no more than its record can be read."""
+        self.metrics.error("store", "call_unreadable")
+        _log.error("journal.call_set_aside", call_id=entry.call_id, reason=reason)
+        self._journal.set_aside(entry, reason)
+        self._events.publish(ErrorEvent(_utc_now(), "store", "call-unreadable", reason, entry.call_id))
+        if (record := entry.record) is not None:
+            who = (record.direction, record.caller, record.callee)
+            event = CallEvent(CallEventKind.ENDED, record.call_id, record.ended_at, *who, 0.0, record=record)
+            self._events.publish(event)
+
     async def _keep_records(self, running: contextlib.AsyncExitStack) -> tuple[RecordStore, EventStore]:
         """Observe what happens: metrics and log at once, the store by its queue, and all others behind its commits.
 
         Raises: StoreError.
         """
-        settings = self._settings
+        settings, database = self._settings, self._database
         sink = None if settings.cdr.jsonl_path is None else CdrFile(settings.cdr.jsonl_path, metrics=self.metrics)
         if sink is not None:
             running.push_async_callback(sink.close)
-        database = await Database.open(settings.store.path, metrics=self.metrics)
-        running.push_async_callback(database.close)
         webhooks = await Webhooks.open(
             settings.webhooks,
             database=database,
@@ -300,7 +363,7 @@ class ControlPlane:
             metrics=self.metrics,
             keep=timedelta(seconds=settings.events.keep_s),
             keep_events=settings.events.keep_events,
-            also=webhooks.deliveries.statements_for,
+            also=lambda event: (*webhooks.deliveries.statements_for(event), *self._journal.statements_for(event)),
             committed=committed,
         )
         running.push_async_callback(events.close)
@@ -412,6 +475,15 @@ def _listening_sockets(
         else:
             sockets[listener.name] = bind_udp(wanted)
     return sockets
+
+
+def _here() -> Instant:
+    return Instant(asyncio.get_running_loop().time(), _boot_id(), _utc_now())
+
+
+def _boot_id() -> str:
+    """Names the boot since which this host's monotonic clock counts (proc_sys_kernel(5))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def _new_token() -> str:
