@@ -2,8 +2,9 @@
 
 With its position in the store the file's mark is committed: which file (its inode) and how long it is. What is found
 behind the mark was written by a process that died before it could commit: whole lines of the next records count as
-written, and the rest of a line is cut off. So no line is missing and none is there twice, wherever the process was
-killed. Device numbers are no part of the mark: they change with a reboot, and no file has moved by that.
+written, and the beginning of a line is cut off. So no line is missing and none is there twice, wherever the process was
+killed. In a file without a mark nothing is cut: it is somebody else's, or an earlier version's. Device numbers are no
+part of the mark: they change with a reboot, and no file has moved by that.
 
 The file may be renamed at any time, by this program when it is full or its hour or day is over, and by others: the next
 line then opens a new one. After a crash the renamed file is looked for by its inode in the same folder, to see how far
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -244,15 +245,20 @@ class _Awaited:
         Raises: OSError.
         """
         with path.open("r+b") as file:
-            inode, size = (status := os.fstat(file.fileno())).st_ino, status.st_size
-            is_marked = mark is not None and mark.inode == inode and mark.size <= size
+            whole = FileMark.of(os.fstat(file.fileno()))
+            is_marked = mark is not None and mark.inode == whole.inode and mark.size <= whole.size
             end = mark.size if mark is not None and is_marked else 0
-            if end == size:
-                return FileMark(inode, end)
+            if end == whole.size:
+                return whole
             file.seek(end)
             for line in file:
                 if not line.endswith(b"\n"):
-                    end += self._finish(file, end, line, is_marked=is_marked)
+                    if is_marked:
+                        file.truncate(end)
+                    else:
+                        file.seek(end + len(line))
+                        file.write(b"\n")
+                        end += len(line) + 1
                     break
                 end += len(line)
                 if self._next and self._lines.key(line) == self._next[0][2]:
@@ -261,17 +267,7 @@ class _Awaited:
                         break  # what comes next is not known here
             file.flush()
             os.fsync(file.fileno())
-        return FileMark(inode, end)
-
-    def _finish(self, file: BinaryIO, begin: int, rest: bytes, *, is_marked: bool) -> int:
-        """Cut off the beginning of a line of ours, or end the line of somebody else; return how long it is then."""
-        ours = [self._lines.header, *(line for _, line, _ in list(self._next)[:1])]
-        if is_marked or any(line.startswith(rest) for line in ours):
-            file.truncate(begin)
-            return 0
-        file.seek(begin + len(rest))
-        file.write(b"\n")
-        return len(rest) + 1
+        return FileMark(whole.inode, end)
 
 
 def _status(path: Path) -> os.stat_result | None:

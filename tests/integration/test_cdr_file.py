@@ -117,6 +117,14 @@ def test_a_torn_line_is_cut_off_and_written_whole(writer: Writer, path: Path) ->
     assert call_ids(path) == ["1", "2", "3"]
 
 
+def test_a_torn_line_in_the_form_of_another_version_is_cut_off(writer: Writer, path: Path) -> None:
+    writer.write(1)
+    with path.open("ab") as file:
+        file.write(b'{"form":2,"call_id":"2","cal')
+    writer.write(2)
+    assert call_ids(path) == ["1", "2"]
+
+
 def test_uncommitted_lines_beyond_the_records_at_hand_are_found_with_the_next_ones(writer: Writer, path: Path) -> None:
     writer.write(1)
     writer.crash_before_the_commit_of(2, 3, 4)
@@ -186,6 +194,28 @@ def test_a_file_that_was_copied_and_emptied_goes_on_from_its_start(writer: Write
     writer.crash_before_the_commit_of(4)
     writer.write(4, 5)
     assert call_ids(path) == ["3", "4", "5"]
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_file_renamed_while_it_is_opened_is_followed_by_a_whole_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    writer = Writer(tmp_path / "cdr.csv", CsvLines())
+    writer.write(1)
+    renamed = tmp_path / "cdr.csv.1"
+    real_open = os.open
+
+    def renaming_open(name: Path, flags: int, *mode: int) -> int:
+        monkeypatch.undo()
+        writer.path.rename(renamed)
+        if is_replaced:
+            writer.path.touch()
+        return real_open(name, flags, *mode)
+
+    monkeypatch.setattr(os, "open", renaming_open)
+    writer.write(2)
+    assert call_ids(renamed, CsvLines()) == ["1"]
+    assert call_ids(writer.path, CsvLines()) == ["2"]
 
 
 def test_lines_of_others_stay_and_are_no_records(writer: Writer, path: Path) -> None:

@@ -43,6 +43,15 @@ async def until_back(pair: Pair, plane: str, before: int) -> None:
     await asyncio.to_thread(pair.wait, back, 10, f"{plane} is back")
 
 
+async def until_restored(stage: Stage) -> None:
+    """Until the data plane has the call's session again."""
+
+    def restored() -> bool:
+        return stage.pair.metric("control", "sip_pbx_media_restores_total", result="ok") == 1
+
+    await stage.until(restored, 5, "the session is made again")
+
+
 async def answered(stage: Stage) -> Scene:
     await stage.register(BOB)
     scene = await stage.call("trunk_caller_talks_until_cue", TRUNK, "callee_answers", BOB, "+8225550100")
@@ -98,8 +107,7 @@ async def test_call_outlives_a_killed_data_plane(stage: Stage) -> None:
     child = pair.pids("dataplane")[1]
     kill_main(pair, "dataplane")
     await until_back(pair, "dataplane", child)
-    restores = lambda: pair.metric("control", "sip_pbx_media_restores_total", result="ok")  # noqa: E731
-    await stage.until(lambda: restores() == 1, 5, "the session is made again")
+    await until_restored(stage)
     await scene.talk(frames=50)
     await scene.hang_up()
     cdr = await stage.cdr()
@@ -116,8 +124,7 @@ async def test_call_outlives_both_planes_killed_at_once(stage: Stage) -> None:
         kill_main(pair, plane)
     for plane, child in children.items():
         await until_back(pair, plane, child)
-    restores = lambda: pair.metric("control", "sip_pbx_media_restores_total", result="ok")  # noqa: E731
-    await stage.until(lambda: restores() == 1, 5, "the session is made again")
+    await until_restored(stage)
     await scene.talk(frames=50)
     await scene.hang_up()
     assert termination(await stage.cdr()) == ("answered", "hangup", 200)
