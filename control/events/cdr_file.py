@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -31,6 +30,7 @@ import structlog
 
 from control.events.feed import NumberedRecord
 from control.pbx.records import CallRecord
+from control.settings.sections import RotationPeriod
 from control.store.sinks import SinkPosition
 
 _FILE_MODE: Final = 0o640
@@ -58,24 +58,12 @@ class LineFormat(Protocol):
         """What tells a record's line from another's; None when this is no line of a record."""
 
 
-class Period(StrEnum):
-    """Files for each hour or day, UTC."""
-
-    HOUR = "hour"
-    DAY = "day"
-
-    def begin(self, time: datetime) -> datetime:
-        """When the period began that a time lies in."""
-        hour = time.replace(minute=0, second=0, microsecond=0)
-        return hour if self is Period.HOUR else hour.replace(hour=0)
-
-
 @dataclass(frozen=True, slots=True)
 class Rotation:
     """When a file is renamed to begin a new one, and how many old ones are kept; 0 keeps all."""
 
     max_bytes: int | None = None
-    every: Period | None = None
+    every: RotationPeriod | None = None
     keep_files: int = 0
 
 
@@ -204,7 +192,7 @@ class CdrFile:
             return True
         if self._rotation.every is not None:
             written_at = datetime.fromtimestamp(status.st_mtime, UTC)
-            if self._rotation.every.begin(written_at) < self._rotation.every.begin(self._utc_now()):
+            if _begin(self._rotation.every, written_at) < _begin(self._rotation.every, self._utc_now()):
                 return True
         return not self._has_header(status.st_ino)
 
@@ -268,6 +256,11 @@ class _Awaited:
             file.flush()
             os.fsync(file.fileno())
         return FileMark(whole.inode, end)
+
+
+def _begin(period: RotationPeriod, time: datetime) -> datetime:
+    hour = time.replace(minute=0, second=0, microsecond=0)
+    return hour if period is RotationPeriod.HOUR else hour.replace(hour=0)
 
 
 def _status(path: Path) -> os.stat_result | None:

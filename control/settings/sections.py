@@ -263,12 +263,32 @@ class StoreSettings(Section):
     """Where this node keeps what must outlive its processes: call records, events, undelivered webhooks."""
 
     path: Path = Path("/var/lib/sippbx/sippbx.sqlite")
+    reserve_bytes: Annotated[int, Field(ge=0, le=1_099_511_627_776)] | None = None
+    slow_after_s: Annotated[float, Field(ge=0.05, le=60)] = 1.0
+
+
+class RotationPeriod(StrEnum):
+    """Files of records for each hour or day, UTC."""
+
+    HOUR = "hour"
+    DAY = "day"
 
 
 class CdrSettings(Section):
     """Call detail records for other programs; those of account are in the store."""
 
     jsonl_path: Path | None = Path("/var/lib/sippbx/cdr.jsonl")
+    csv_path: Path | None = None
+    rotate_bytes: Annotated[int, Field(ge=4096, le=1_099_511_627_776)] | None = None
+    rotate_every: RotationPeriod | None = None
+    keep_files: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Each file has one format, and old ones come of rotation."""
+        if self.csv_path is not None and self.csv_path == self.jsonl_path:
+            yield Fault(("csv_path",), f"{self.csv_path} is jsonl_path, too; give each a file of its own")
+        if self.keep_files and self.rotate_bytes is None and self.rotate_every is None:
+            yield Fault(("keep_files",), "deletes files that were rotated; set rotate_bytes or rotate_every, too")
 
 
 class EventSettings(Section):

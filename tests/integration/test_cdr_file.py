@@ -13,8 +13,9 @@ import pytest
 
 from control.events.cdr import JsonLines
 from control.events.cdr_csv import CsvLines
-from control.events.cdr_file import CdrFile, LineFormat, Period, Rotation
+from control.events.cdr_file import CdrFile, LineFormat, Rotation
 from control.events.feed import NumberedRecord
+from control.settings.sections import RotationPeriod
 from control.store.sinks import SinkPosition
 from tests.harness.records import call_record
 
@@ -302,15 +303,15 @@ def test_only_so_many_old_files_are_kept_and_no_others_are_touched(path: Path) -
 @pytest.mark.parametrize(
     ("every", "last_line_at", "is_over"),
     [
-        (Period.HOUR, NOON - timedelta(seconds=1), True),
-        (Period.HOUR, NOON, False),
-        (Period.HOUR, NOON + timedelta(hours=2), False),
-        (Period.DAY, NOON - timedelta(hours=12), False),
-        (Period.DAY, NOON - timedelta(hours=12, seconds=1), True),
+        (RotationPeriod.HOUR, NOON - timedelta(seconds=1), True),
+        (RotationPeriod.HOUR, NOON, False),
+        (RotationPeriod.HOUR, NOON + timedelta(hours=2), False),
+        (RotationPeriod.DAY, NOON - timedelta(hours=12), False),
+        (RotationPeriod.DAY, NOON - timedelta(hours=12, seconds=1), True),
     ],
 )
 def test_a_file_ends_with_its_period_even_without_another_line(
-    path: Path, every: Period, last_line_at: datetime, is_over: bool
+    path: Path, every: RotationPeriod, last_line_at: datetime, is_over: bool
 ) -> None:
     writer = Writer(path, every=every)
     writer.write(1)
