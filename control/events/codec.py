@@ -26,16 +26,12 @@ from control.pbx.records import (
     ErrorEvent,
     Event,
     LegName,
-    LegRecord,
-    Reason,
     RegistrationEvent,
     RegistrationEventKind,
     RegistrationView,
-    Result,
-    StreamRecord,
-    Termination,
     UnregisterCause,
 )
+from control.store.records import record_from_plain
 
 _OPTIONS: Final = orjson.OPT_UTC_Z
 
@@ -88,7 +84,7 @@ def decode(event_type: str, at: datetime, data: bytes) -> Event:
     if event_type in set(RegistrationEventKind):
         return _registration_event(RegistrationEventKind(event_type), at, values)
     kind = CallEventKind(event_type)
-    record = _record(values) if kind is CallEventKind.ENDED else None
+    record = record_from_plain({**values, **values["termination"]}) if kind is CallEventKind.ENDED else None
     leg = LegName(values["leg"]) if kind is CallEventKind.RINGING else None
     direction = CallDirection(values["direction"])
     return CallEvent(
@@ -138,40 +134,3 @@ def _registration_event(kind: RegistrationEventKind, at: datetime, values: Mappi
         datetime.fromisoformat(values["expires_at"]),
     )
     return RegistrationEvent(kind, at, registration, UnregisterCause(values["cause"]) if "cause" in values else None)
-
-
-def _record(values: Mapping[str, Any]) -> CallRecord:
-    end = values["termination"]
-    return CallRecord(
-        call_id=CallId(values["call_id"]),
-        direction=CallDirection(values["direction"]),
-        caller=values["caller"],
-        callee=values["callee"],
-        invited_at=datetime.fromisoformat(values["invited_at"]),
-        ringing_at=_time(values["ringing_at"]),
-        answered_at=_time(values["answered_at"]),
-        ended_at=datetime.fromisoformat(values["ended_at"]),
-        setup_s=values["setup_s"],
-        duration_s=values["duration_s"],
-        termination=Termination(
-            Result(end["result"]),
-            Reason(end["reason"]),
-            end["sip_status"],
-            None if end["ended_by"] is None else LegName(end["ended_by"]),
-            end["detail"],
-        ),
-        legs=tuple(LegRecord(**{**leg, "name": LegName(leg["name"])}) for leg in values["legs"]),
-        streams=tuple(_stream(stream) for stream in values["streams"]),
-        media_complete=values["media_complete"],
-        media_interruptions=values["media_interruptions"],
-        media_gap_s=values["media_gap_s"],
-    )
-
-
-def _stream(values: dict[str, Any]) -> StreamRecord:
-    first, last = _time(values["first_packet_at"]), _time(values["last_packet_at"])
-    return StreamRecord(**{**values, "leg": LegName(values["leg"]), "first_packet_at": first, "last_packet_at": last})
-
-
-def _time(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)

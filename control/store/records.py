@@ -4,7 +4,7 @@ They are written with their events, see control.store.events; each is there once
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -152,6 +152,16 @@ def record_values(record: CallRecord) -> tuple[Any, ...]:
 def record_from_values(row: Sequence[Any]) -> CallRecord:
     """The record of such values."""
     values = dict(zip(_COLUMNS, row, strict=True))
+    lists = {name: orjson.loads(values[name]) for name in ("legs", "streams")}
+    return record_from_plain({**values, **lists})
+
+
+def record_from_plain(values: Mapping[str, Any]) -> CallRecord:
+    """The record of plain values by name, those of its termination among them; what is newer than they are, is zero.
+
+    Raises:
+        KeyError, ValueError, TypeError: they are none of ours.
+    """
     return CallRecord(
         call_id=CallId(values["call_id"]),
         direction=CallDirection(values["direction"]),
@@ -170,11 +180,11 @@ def record_from_values(row: Sequence[Any]) -> CallRecord:
             None if values["ended_by"] is None else LegName(values["ended_by"]),
             values["detail"],
         ),
-        legs=tuple(LegRecord(**{**leg, "name": LegName(leg["name"])}) for leg in orjson.loads(values["legs"])),
-        streams=tuple(_stream(stream) for stream in orjson.loads(values["streams"])),
+        legs=tuple(LegRecord(**{**leg, "name": LegName(leg["name"])}) for leg in values["legs"]),
+        streams=tuple(_stream(stream) for stream in values["streams"]),
         media_complete=bool(values["media_complete"]),
-        media_interruptions=values["media_interruptions"],
-        media_gap_s=values["media_gap_s"],
+        media_interruptions=values.get("media_interruptions", 0),
+        media_gap_s=values.get("media_gap_s", 0.0),
     )
 
 
