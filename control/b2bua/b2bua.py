@@ -578,12 +578,12 @@ class B2bua:
         now = self._clock()
         for call in list(self._calls.values()):
             with self._border(call):
-                if call.times.answered is None:
+                if call.state is CallState.RELEASING:
+                    self._media.close(call.call_id)
+                elif call.times.answered is None:
                     detail = "the control plane died while the call was being set up"
                     end = termination.of_failure(Reason.NODE_RESTARTED, detail, answered=False)
                     self._perform(call, call.hang_up(end, now), now)
-                elif call.state is CallState.RELEASING:
-                    self._media.close(call.call_id)
                 self._perform(call, (), now)
             _log.info("call.taken_up", call_id=call.call_id, state=call.state.value)
         self._arm()

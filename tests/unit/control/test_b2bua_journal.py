@@ -557,6 +557,17 @@ async def test_a_call_that_rang_is_ended_on_both_sides_with_a_reason_of_its_own(
     assert reasons(disk) == ["node-restarted"]
 
 
+async def test_a_kill_while_a_call_that_rang_is_being_ended_leaves_nothing_in_the_data_plane(
+    disk: Disk, process: Process
+) -> None:
+    ringing(process)
+    process.save_what_is_dirty()
+    after = process.killed().killed()
+    assert after.data_plane.wishes == list(disk.rows)
+    after.answer_media()
+    assert reasons(disk) == ["node-restarted"]
+
+
 async def test_a_call_whose_invite_had_no_answer_yet_is_ended_once_it_can_be(disk: Disk, process: Process) -> None:
     process.receive(invite_bytes(), CALLER)
     (invite,) = process.answer_media()
