@@ -118,11 +118,10 @@ class Reserve:
         trouble = await asyncio.to_thread(_allocate, self._path, self._size_bytes)
         if self._full.is_set():
             return  # a commit failed meanwhile: the space is needed at once
-        if trouble != self._trouble:
-            if trouble is None:
-                _log.info("store.reserve_allocated", path=str(self._path), bytes=self._size_bytes)
-            else:
-                _log.error("store.reserve_missing", path=str(self._path), reason=trouble)
+        if trouble is not None and self._trouble is None:
+            _log.error("store.reserve_missing", reason=trouble, advice="new calls are refused until it is there")
+        elif trouble is None and self._trouble is not None:
+            _log.info("store.reserve_allocated", path=str(self._path), bytes=self._size_bytes)
         self._trouble = trouble
 
 
