@@ -273,6 +273,8 @@ class InviteSession:
     _reliable: _Resend | None = None
     _rseq: int = 0
     _held_back: bytes | None = None
+    # The peer's newest request: it comes again when our answer to it was lost, whatever has become of the session.
+    _newest: TransactionId | None = None
     # Client side.
     _branch: str = ""
     _early: dict[str, Dialog] = field(default_factory=dict)
@@ -326,6 +328,7 @@ class InviteSession:
         session.peer_product = request.user_agent
         session.dialog = Dialog.of_server(request, session.local_tag, local_cseq=0)
         session._invite = (event.transaction, request)
+        session._newest = event.transaction
         session._initial = request
         if request.body:
             session._remote_sdp = request.body
@@ -498,6 +501,8 @@ class InviteSession:
         """Those that it has yet to answer, or that it waits for or may hear of once more; some may be over already."""
         pending = {transaction for transaction, _ in filter(None, (self._invite, self._update))}
         pending |= {resend.transaction for resend in (self._final, self._reliable) if resend is not None}
+        if self._newest is not None:
+            pending.add(self._newest)
         if self._branch:
             pending.add(client_id(self._branch, "INVITE"))
         if self._local_offer is not None and self._local_offer.branch:
@@ -559,6 +564,7 @@ class InviteSession:
         dialog = self.dialog
         if dialog is None or self.state is SessionState.TERMINATED:
             return [SendResponse(transaction, build_response(request, 481, to_tag=self.local_tag))]
+        self._newest = transaction
         try:
             dialog.accept_cseq(request)
             unsupported = request.require - {"100rel"}

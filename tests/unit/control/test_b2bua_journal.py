@@ -480,6 +480,14 @@ async def test_the_caller_hangs_up_after_a_kill(disk: Disk, process: Process, *,
     assert (reasons(disk), disk.rows) == (["hangup"], {})
 
 
+async def test_a_bye_that_comes_again_after_kills_gets_its_200_again(disk: Disk, process: Process) -> None:
+    talk = talking(process)
+    bye = in_dialog("BYE", 2, talk.to)
+    process.receive(bye, CALLER)
+    after = process.killed().killed()
+    assert summary(after.receive(bye, CALLER)) == ["200"]
+
+
 async def test_the_callee_hangs_up_after_a_kill(disk: Disk, process: Process) -> None:
     talk = talking(process)
     after = process.killed()
