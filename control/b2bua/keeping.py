@@ -22,10 +22,19 @@ _log = structlog.get_logger(__name__)
 
 
 class JournalPort(Protocol):
-    """Where calls are saved. `record` is what would be kept of a call that could not be taken up again."""
+    """Where calls are saved.
+
+    `record` is what would be kept of a call that could not be taken up again; None when its record is written.
+    """
 
     def save(
-        self, record: CallRecord, snapshot: Plain, *, committed: Callable[[], None], given_up: Callable[[str], None]
+        self,
+        call_id: CallId,
+        record: CallRecord | None,
+        snapshot: Plain,
+        *,
+        committed: Callable[[], None],
+        given_up: Callable[[str], None],
     ) -> None:
         """Save the state of a call; one of the callbacks follows."""
 
@@ -65,7 +74,7 @@ class CallKeeper:
 
     def depart(self, call: Call, leaving: list[Transmit]) -> None:
         """Send what a step of a call gave, behind its state when a far end may rely on it."""
-        if self._journal is not None and call.state is not CallState.ENDED:
+        if self._journal is not None and self._is_kept(call):
             if any(_is_relied_on(message.label) for message in leaving):
                 self._dirty.pop(call.call_id, None)
                 self._save(self._journal, call, self.departures.barrier(call.call_id))
@@ -112,6 +121,10 @@ class CallKeeper:
             self._flush = None
         self.departures.flush()
 
+    def _is_kept(self, call: Call) -> bool:
+        """An ended call is kept as long as something is left to be done of what was kept."""
+        return call.state is not CallState.ENDED or (call.call_id in self._rows and not call.done)
+
     def _save(self, journal: JournalPort, call: Call, lift: Callable[[], None]) -> None:
         self._rows.add(call.call_id)
 
@@ -119,8 +132,9 @@ class CallKeeper:
             # The store has told why; the call goes on.
             lift()
 
-        record = record_in_unicode(call.record_if_lost(self._clock()))
-        journal.save(record, self._snapshot(call), committed=lift, given_up=given_up)
+        ended = call.state is CallState.ENDED
+        record = None if ended else record_in_unicode(call.record_if_lost(self._clock()))
+        journal.save(call.call_id, record, self._snapshot(call), committed=lift, given_up=given_up)
 
     def _overdue(self, call_id: CallId) -> None:
         self._metrics.error("store", "journal-overdue")

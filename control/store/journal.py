@@ -61,14 +61,15 @@ class Journal:
 
     def save(
         self,
-        record: CallRecord,
+        call_id: CallId,
+        record: CallRecord | None,
         snapshot: Any,
         *,
         committed: Callable[[], None],
         given_up: Callable[[str], None],
     ) -> None:
-        """Queue the state of a call; `record` is what would be kept of it if it ended now."""
-        row = self._saving(record.call_id, _record_text(record), snapshot)
+        """Queue the state of a call; `record` is what would be kept of it if it ended now, None when that is written."""
+        row = self._saving(call_id, "" if record is None else _record_text(record), snapshot)
         self._database.submit([row], committed=committed, given_up=given_up)
 
     def forget(self, call_id: CallId) -> None:

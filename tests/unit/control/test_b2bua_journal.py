@@ -77,12 +77,18 @@ class Disk:
             self.waiting.pop(0)()
 
     def save(
-        self, record: CallRecord, snapshot: Plain, *, committed: Callable[[], None], given_up: Callable[[str], None]
+        self,
+        call_id: CallId,
+        record: CallRecord | None,
+        snapshot: Plain,
+        *,
+        committed: Callable[[], None],
+        given_up: Callable[[str], None],
     ) -> None:
         row = Row(record, snapshot, self.now())
 
         def work() -> None:
-            self.rows[record.call_id] = row
+            self.rows[call_id] = row
             committed()
 
         self._write(work)
@@ -583,6 +589,23 @@ async def test_a_call_whose_invite_had_no_answer_yet_is_ended_once_it_can_be(dis
     after = process.killed()
     assert summary([message for message, _ in after.sent]) == ["503"]
     assert summary(after.receive(response_to(invite, 180, headers=(CONTACT,)).encode(), CALLEE)) == ["CANCEL"]
+
+
+async def test_a_callee_that_answers_a_call_that_is_over_gets_its_bye_whatever_is_killed(
+    disk: Disk, process: Process
+) -> None:
+    invite = ringing(process)
+    process.save_what_is_dirty()
+    after = process.killed()
+    after.answer_media()
+    assert [row.record for row in disk.rows.values()] == [None]
+    answer = response_to(invite, 200, headers=(CONTACT,), body=sdp(CALLEE))
+    assert summary(after.receive(answer.encode(), CALLEE)) == ["ACK", "BYE"]
+    third = after.killed()
+    assert [row.record for row in disk.rows.values()] == [None], "its record is written once"
+    third.now += 1.0
+    third.b2bua._ring(third.now)
+    assert "BYE" in summary([message for message, _ in third.sent])
 
 
 async def test_what_was_not_committed_had_not_been_said(disk: Disk, process: Process) -> None:
