@@ -68,7 +68,7 @@ class Journal:
         committed: Callable[[], None],
         given_up: Callable[[str], None],
     ) -> None:
-        """Queue the state of a call; `record` is what would be kept of it if it ended now, None when that is written."""
+        """Queue the state of a call; `record` is what would be kept of it now, None when that is written."""
         row = self._saving(call_id, "" if record is None else _record_text(record), snapshot)
         self._database.submit([row], committed=committed, given_up=given_up)
 
