@@ -75,7 +75,7 @@ class SinkFeed:
         self._utc_now = utc_now
         self._position: SinkPosition | None = None
         self._wake = asyncio.Event()
-        self._closing = False
+        self._closing = asyncio.Event()
         self._task = asyncio.create_task(self._run(), name=f"cdr-feed-{sink.name}")
 
     def wake(self) -> None:
@@ -83,8 +83,11 @@ class SinkFeed:
         self._wake.set()
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Write what was submitted to the store so far, for at most `timeout_s`; the next process writes the rest."""
-        self._closing = True
+        """Write what was submitted to the store so far, for at most `timeout_s`.
+
+        What cannot be written is left to the next process.
+        """
+        self._closing.set()
         self._wake.set()
         done, _ = await asyncio.wait({self._task}, timeout=timeout_s)
         if not done:
@@ -97,7 +100,7 @@ class SinkFeed:
         retry_s = _RETRY_FIRST_S
         while True:
             self._wake.clear()
-            closing = self._closing
+            closing = self._closing.is_set()
             try:
                 if closing:
                     await self._positions.settled()
@@ -116,7 +119,11 @@ class SinkFeed:
             else:
                 retry_s = _RETRY_FIRST_S
                 continue
-            await asyncio.sleep(retry_s)
+            if closing:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(retry_s):
+                    await self._closing.wait()
             retry_s = min(2 * retry_s, _RETRY_MOST_S)
 
     async def _is_woken(self) -> bool:

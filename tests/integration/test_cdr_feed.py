@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -176,19 +177,46 @@ async def test_a_sink_that_fails_is_tried_again_and_the_failure_is_counted(
         assert node.count("errors", component="events", kind=kind) == 2
 
 
-async def test_a_sink_that_fails_until_the_stop_delays_it_for_so_long_and_goes_on_with_the_next_process(
-    path: Path,
-) -> None:
+async def test_what_a_sink_fails_to_write_at_the_stop_is_left_to_the_next_process(path: Path) -> None:
     broken, mended = ListSink(), ListSink()
     broken.failures = [OSError("broken")] * 10_000
-    node = Node(path)
-    await node.open()
-    node.feed(broken)
-    node.submit("a")
-    await node.close(timeout_s=0.1)
+    async with running(path) as node:
+        node.feed(broken)
+        node.submit("a")
+        await until(lambda: len(broken.failures) < 10_000)
     async with running(path) as node:
         node.feed(mended)
     assert (broken.written, mended.written) == ([], ["a"])
+
+
+async def test_a_sink_that_hangs_at_the_stop_is_waited_for_so_long_and_no_longer(path: Path) -> None:
+    may_go_on = threading.Event()
+
+    class HangingSink(ListSink):
+        def write(self, position: SinkPosition, records: Sequence[NumberedRecord]) -> SinkPosition:
+            assert may_go_on.wait(10)
+            return position
+
+    async with running(path) as node:
+        feed = node.feed(HangingSink())
+        node.submit("a")
+        await feed.close(timeout_s=0.05)
+        may_go_on.set()
+
+
+async def test_a_process_whose_store_is_taken_by_another_stops_feeding_without_delay(path: Path) -> None:
+    old_sink, new_sink = ListSink(), ListSink()
+    old = Node(path)
+    await old.open()
+    old.feed(old_sink)
+    old.submit("a")
+    await until(lambda: old_sink.written == ["a"])
+    async with running(path) as new:
+        new.feed(new_sink)
+        new.submit("b")
+        await asyncio.wait_for(old.close(timeout_s=60), 10)
+        await until(lambda: new_sink.written == ["b"])
+    assert old_sink.written == ["a"]
 
 
 async def test_a_record_that_cannot_be_read_is_counted_and_bars_no_other(path: Path) -> None:
