@@ -88,6 +88,7 @@ class DataPlane:
         path = settings.statistics_path
         self._statistics = None if path is None else StatisticsFile(path, clock=time.monotonic, utc_now=_utc_now)
         self._to_keep: Sequence[SessionView] = ()
+        self._has_collected = asyncio.Event()
         first, last = media.port_range
         self.node = MediaNode(
             PortPool(first, last, media.block_size, media.rest_s),
@@ -241,11 +242,13 @@ class DataPlane:
                 _add(live, view)
             self._live = live
             self._to_keep = [*views, *self.node.ended()]
+            self._has_collected.set()
 
     async def _keep_statistics(self, file: StatisticsFile) -> None:
         """Keeps what housekeeping collected. Of its own, so that a disk that hangs holds up nothing else."""
         while True:
-            await asyncio.sleep(TICK_S)
+            await self._has_collected.wait()
+            self._has_collected.clear()
             try:
                 await file.keep(self._to_keep)
             except Exception:

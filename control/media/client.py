@@ -61,8 +61,9 @@ class _FencedError(Exception):
 class MediaClient:
     """A MediaPort over gRPC. Wishes return at once; their answers are delivered later, each exactly once.
 
-    `target` is a gRPC name such as `unix:///run/sippbx/media.sock`; `fenced` is called once when ownership is lost for
-    good; `publish` hears of it when the data plane is lost.
+    `target` is a gRPC name such as `unix:///run/sippbx/media.sock`; `incarnation` grows with each start of the control
+    plane, so that a process that wakes up late is told from its successor; `fenced` is called once when ownership is
+    lost for good; `publish` hears of it when the data plane is lost.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class MediaClient:
         metrics: ControlMetrics,
         fenced: Callable[[], None],
         publish: Callable[[ErrorEvent], None],
+        incarnation: int = 0,
         max_pending: int = MAX_PENDING,
     ) -> None:
         self._target = target
-        self._owner_id = owner_id
+        self._claim = media_service_pb2.AcquireRequest(owner_id=owner_id, incarnation=incarnation)
         self._metrics = metrics
         self._tell_fenced = fenced
         self._publish = publish
@@ -219,7 +221,7 @@ class MediaClient:
 
     async def _acquire(self, stub: "MediaServiceAsyncStub") -> int:
         """Become the owner and bring what is held and what is wanted together; return the epoch."""
-        acquired = await stub.Acquire(media_service_pb2.AcquireRequest(owner_id=self._owner_id), timeout=_RPC_TIMEOUT_S)
+        acquired = await stub.Acquire(self._claim, timeout=_RPC_TIMEOUT_S)
         node = acquired.node
         same_instance = node.instance_id == self._instance_id
         if not same_instance:

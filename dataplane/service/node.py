@@ -50,6 +50,8 @@ T = TypeVar("T")
 
 _BIND_ATTEMPTS: Final = 3
 _MOST_TOMBSTONES: Final = 20_000
+# An owner whose command stream has been gone for no longer is on its way back.
+_ALIVE_S: Final = 1.0
 # Within so many seconds of its end a session's final figures have been asked for, or the asking is under way.
 _RECENT_S: Final = 10.0
 
@@ -98,9 +100,10 @@ class SessionView:
 class Ownership:
     """What a control plane is given when it acquires the node."""
 
-    def __init__(self, epoch: int, owner_id: str, now: float) -> None:
+    def __init__(self, epoch: int, owner_id: str, incarnation: int, now: float) -> None:
         self.epoch = epoch
         self.owner_id = owner_id
+        self.incarnation = incarnation
         self.fenced = asyncio.Event()
         self._streams = 0
         self._seen_at = now
@@ -232,11 +235,18 @@ class MediaNode:
 
     # ------------------------------------------------------------------------------------------------------ ownership
 
-    def acquire(self, owner_id: str) -> Ownership:
-        """Make `owner_id` the owner and fence the one before."""
+    def acquire(self, owner_id: str, incarnation: int = 0) -> Ownership:
+        """Make `owner_id` the owner and fence the one before.
+
+        Raises: RefusedError(FENCED), where that one is alive and of a later incarnation.
+        """
+        now = self._clock()
         if self.owner is not None:
+            if incarnation < self.owner.incarnation and self.owner.absent_s(now) < _ALIVE_S:
+                newer = f"incarnation {self.owner.incarnation} owns this data plane"
+                raise RefusedError(Refusal.FENCED, f"incarnation {incarnation} is not the newest: {newer}")
             self.owner.fenced.set()
-        self.owner = Ownership(self._next_epoch, owner_id, self._clock())
+        self.owner = Ownership(self._next_epoch, owner_id, incarnation, now)
         self._next_epoch += 1
         log.info("node.acquired", owner_id=owner_id, epoch=self.owner.epoch, sessions=len(self._sessions))
         return self.owner

@@ -75,7 +75,10 @@ class MediaServicer(media_service_pb2_grpc.MediaServiceServicer):
         if not 1 <= len(owner_id) <= 64 or not all("!" <= character <= "~" for character in owner_id):
             refused = RefusedError(Refusal.INVALID_ARGUMENT, "owner_id: must be 1 to 64 printable ASCII characters")
             await self._abort("Acquire", refused, context)
-        ownership = self._node.acquire(owner_id)
+        try:
+            ownership = self._node.acquire(owner_id, request.incarnation)
+        except RefusedError as error:
+            await self._abort("Acquire", error, context)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._node.settled(), SETTLE_S)
         self._observe("Acquire", "OK")

@@ -243,6 +243,11 @@ async def read_to_the_end(call: Any) -> None:
             pass
 
 
+async def listed(plane: Plane) -> list[str]:
+    answer = await plane.stub.ListSessions(media_service_pb2.ListSessionsRequest(), timeout=WAIT_S)
+    return [session.session_id for session in answer.sessions]
+
+
 def is_closed(event: event_pb2.MediaEvent) -> bool:
     return event.WhichOneof("event") == "session_closed"
 
@@ -377,6 +382,55 @@ async def test_a_new_owner_ends_the_streams_of_the_old_at_once(plane: Plane) -> 
         with pytest.raises(grpc.aio.AioRpcError, match="is not in force"):
             await late
     assert (await Commands(plane, new).delete("s")).session.session_id == "s"
+
+
+async def test_nothing_that_the_old_owner_began_ends_after_the_new_one_has_acquired(plane: Plane) -> None:
+    old = Commands(plane, await plane.acquire("old"))
+    await old.create(spec("a"))
+    batch = [deletion("a"), creation(spec("b")), creation(spec("c"))]
+    for command_id, command in enumerate(batch, start=100):
+        command.command_id = command_id
+    await old.call.write(media_service_pb2.CommandRequest(epoch=old._epoch, commands=batch))
+    await plane.acquire("new")
+    found = await listed(plane)
+    await asyncio.sleep(0.2)
+    assert await listed(plane) == found
+
+
+async def test_an_older_incarnation_is_refused_while_a_later_one_is_there(plane: Plane) -> None:
+    granted = await plane.stub.Acquire(media_service_pb2.AcquireRequest(owner_id="new", incarnation=2), timeout=WAIT_S)
+    commands = Commands(plane, granted.epoch)
+    await commands.create(spec())
+    with pytest.raises(grpc.aio.AioRpcError, match="incarnation 2 owns") as caught:
+        await plane.stub.Acquire(media_service_pb2.AcquireRequest(owner_id="old", incarnation=1), timeout=WAIT_S)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert (await commands.delete("s")).session.session_id == "s"
+
+
+async def test_a_session_is_made_again_with_the_source_that_was_learned(plane: Plane) -> None:
+    far_ends = [bound() for _ in range(3)]
+    try:
+        caller, callee, learned = far_ends
+        port = learned.getsockname()[1]
+        wanted = spec(caller=caller.getsockname()[1], callee=callee.getsockname()[1])
+        command = creation(wanted, FIRST_PORT)
+        command.create.learned_sources.add(
+            leg=session_pb2.LEG_CALLER,
+            signalled=session_pb2.SocketAddress(address="127.0.0.1", port=caller.getsockname()[1]),
+            rtp=session_pb2.SocketAddress(address="127.0.0.1", port=port),
+        )
+        commands = Commands(plane, await plane.acquire())
+        [result] = await commands.send(command)
+        caller.sendto(rtp(1), ("127.0.0.1", result.session.first_port))
+        learned.sendto(rtp(2), ("127.0.0.1", result.session.first_port))
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(loop.sock_recv(callee, 2048), WAIT_S) == rtp(2)
+        deleted = await commands.delete("s")
+        [statistics] = [each for each in deleted.session.statistics if each.leg == session_pb2.LEG_CALLER]
+        assert (statistics.packets, [drop.packets for drop in statistics.drops]) == (1, [1])
+    finally:
+        for far_end in far_ends:
+            far_end.close()
 
 
 async def test_a_watch_resumes_without_a_gap_and_tells_of_one(plane: Plane) -> None:

@@ -28,7 +28,7 @@ from sippbx.media.v1 import node_pb2 as sippbx_dot_media_dot_v1_dot_node__pb2
 from sippbx.media.v1 import session_pb2 as sippbx_dot_media_dot_v1_dot_session__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#sippbx/media/v1/media_service.proto\x12\x0fsippbx.media.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bsippbx/media/v1/event.proto\x1a\x1asippbx/media/v1/node.proto\x1a\x1dsippbx/media/v1/session.proto\"+\n\x0e\x41\x63quireRequest\x12\x19\n\x08owner_id\x18\x01 \x01(\tR\x07ownerId\"w\n\x0f\x41\x63quireResponse\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12)\n\x04node\x18\x02 \x01(\x0b\x32\x15.sippbx.media.v1.NodeR\x04node\x12#\n\rlast_sequence\x18\x03 \x01(\x04R\x0clastSequence\"\xa9\x01\n\rCreateSession\x12\x30\n\x04spec\x18\x01 \x01(\x0b\x32\x1c.sippbx.media.v1.SessionSpecR\x04spec\x12\x1d\n\nfirst_port\x18\x02 \x01(\rR\tfirstPort\x12G\n\x0flearned_sources\x18\x03 \x03(\x0b\x32\x1e.sippbx.media.v1.LearnedSourceR\x0elearnedSources\"A\n\rUpdateSession\x12\x30\n\x04spec\x18\x01 \x01(\x0b\x32\x1c.sippbx.media.v1.SessionSpecR\x04spec\".\n\rDeleteSession\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\"\x95\x02\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\x04R\tcommandId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\x12\x38\n\x06\x63reate\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.CreateSessionH\x00R\x06\x63reate\x12\x38\n\x06update\x18\x04 \x01(\x0b\x32\x1e.sippbx.media.v1.UpdateSessionH\x00R\x06update\x12\x38\n\x06\x64\x65lete\x18\x05 \x01(\x0b\x32\x1e.sippbx.media.v1.DeleteSessionH\x00R\x06\x64\x65leteB\x08\n\x06\x61\x63tion\"\x9f\x01\n\rCommandResult\x12\x1d\n\ncommand_id\x18\x01 \x01(\x04R\tcommandId\x12\x34\n\x07session\x18\x02 \x01(\x0b\x32\x18.sippbx.media.v1.SessionH\x00R\x07session\x12.\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x16.sippbx.media.v1.ErrorH\x00R\x05\x65rrorB\t\n\x07outcome\"\\\n\x0e\x43ommandRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12\x34\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x18.sippbx.media.v1.CommandR\x08\x63ommands\"K\n\x0f\x43ommandResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\x1e.sippbx.media.v1.CommandResultR\x07results\"G\n\x0cWatchRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12!\n\x0cresume_after\x18\x02 \x01(\x04R\x0bresumeAfter\"D\n\rWatchResponse\x12\x33\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.sippbx.media.v1.MediaEventR\x06\x65vents\"\x9f\x01\n\x13ListSessionsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12-\n\x12include_statistics\x18\x03 \x01(\x08R\x11includeStatistics\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\"t\n\x14ListSessionsResponse\x12\x34\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.sippbx.media.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x10\n\x0eGetNodeRequest\"<\n\x0fGetNodeResponse\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x15.sippbx.media.v1.NodeR\x04node\"\'\n\x0fShutdownRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\"\x12\n\x10ShutdownResponse2\xf4\x03\n\x0cMediaService\x12L\n\x07\x41\x63quire\x12\x1f.sippbx.media.v1.AcquireRequest\x1a .sippbx.media.v1.AcquireResponse\x12P\n\x07\x43ommand\x12\x1f.sippbx.media.v1.CommandRequest\x1a .sippbx.media.v1.CommandResponse(\x01\x30\x01\x12H\n\x05Watch\x12\x1d.sippbx.media.v1.WatchRequest\x1a\x1e.sippbx.media.v1.WatchResponse0\x01\x12[\n\x0cListSessions\x12$.sippbx.media.v1.ListSessionsRequest\x1a%.sippbx.media.v1.ListSessionsResponse\x12L\n\x07GetNode\x12\x1f.sippbx.media.v1.GetNodeRequest\x1a .sippbx.media.v1.GetNodeResponse\x12O\n\x08Shutdown\x12 .sippbx.media.v1.ShutdownRequest\x1a!.sippbx.media.v1.ShutdownResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#sippbx/media/v1/media_service.proto\x12\x0fsippbx.media.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bsippbx/media/v1/event.proto\x1a\x1asippbx/media/v1/node.proto\x1a\x1dsippbx/media/v1/session.proto\"M\n\x0e\x41\x63quireRequest\x12\x19\n\x08owner_id\x18\x01 \x01(\tR\x07ownerId\x12 \n\x0bincarnation\x18\x02 \x01(\x04R\x0bincarnation\"w\n\x0f\x41\x63quireResponse\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12)\n\x04node\x18\x02 \x01(\x0b\x32\x15.sippbx.media.v1.NodeR\x04node\x12#\n\rlast_sequence\x18\x03 \x01(\x04R\x0clastSequence\"\xa9\x01\n\rCreateSession\x12\x30\n\x04spec\x18\x01 \x01(\x0b\x32\x1c.sippbx.media.v1.SessionSpecR\x04spec\x12\x1d\n\nfirst_port\x18\x02 \x01(\rR\tfirstPort\x12G\n\x0flearned_sources\x18\x03 \x03(\x0b\x32\x1e.sippbx.media.v1.LearnedSourceR\x0elearnedSources\"A\n\rUpdateSession\x12\x30\n\x04spec\x18\x01 \x01(\x0b\x32\x1c.sippbx.media.v1.SessionSpecR\x04spec\".\n\rDeleteSession\x12\x1d\n\nsession_id\x18\x01 \x01(\tR\tsessionId\"\x95\x02\n\x07\x43ommand\x12\x1d\n\ncommand_id\x18\x01 \x01(\x04R\tcommandId\x12\x33\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationR\x07timeout\x12\x38\n\x06\x63reate\x18\x03 \x01(\x0b\x32\x1e.sippbx.media.v1.CreateSessionH\x00R\x06\x63reate\x12\x38\n\x06update\x18\x04 \x01(\x0b\x32\x1e.sippbx.media.v1.UpdateSessionH\x00R\x06update\x12\x38\n\x06\x64\x65lete\x18\x05 \x01(\x0b\x32\x1e.sippbx.media.v1.DeleteSessionH\x00R\x06\x64\x65leteB\x08\n\x06\x61\x63tion\"\x9f\x01\n\rCommandResult\x12\x1d\n\ncommand_id\x18\x01 \x01(\x04R\tcommandId\x12\x34\n\x07session\x18\x02 \x01(\x0b\x32\x18.sippbx.media.v1.SessionH\x00R\x07session\x12.\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x16.sippbx.media.v1.ErrorH\x00R\x05\x65rrorB\t\n\x07outcome\"\\\n\x0e\x43ommandRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12\x34\n\x08\x63ommands\x18\x02 \x03(\x0b\x32\x18.sippbx.media.v1.CommandR\x08\x63ommands\"K\n\x0f\x43ommandResponse\x12\x38\n\x07results\x18\x01 \x03(\x0b\x32\x1e.sippbx.media.v1.CommandResultR\x07results\"G\n\x0cWatchRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\x12!\n\x0cresume_after\x18\x02 \x01(\x04R\x0bresumeAfter\"D\n\rWatchResponse\x12\x33\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.sippbx.media.v1.MediaEventR\x06\x65vents\"\x9f\x01\n\x13ListSessionsRequest\x12\x1b\n\tpage_size\x18\x01 \x01(\rR\x08pageSize\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageToken\x12-\n\x12include_statistics\x18\x03 \x01(\x08R\x11includeStatistics\x12\x1d\n\nsession_id\x18\x04 \x01(\tR\tsessionId\"t\n\x14ListSessionsResponse\x12\x34\n\x08sessions\x18\x01 \x03(\x0b\x32\x18.sippbx.media.v1.SessionR\x08sessions\x12&\n\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x10\n\x0eGetNodeRequest\"<\n\x0fGetNodeResponse\x12)\n\x04node\x18\x01 \x01(\x0b\x32\x15.sippbx.media.v1.NodeR\x04node\"\'\n\x0fShutdownRequest\x12\x14\n\x05\x65poch\x18\x01 \x01(\x04R\x05\x65poch\"\x12\n\x10ShutdownResponse2\xf4\x03\n\x0cMediaService\x12L\n\x07\x41\x63quire\x12\x1f.sippbx.media.v1.AcquireRequest\x1a .sippbx.media.v1.AcquireResponse\x12P\n\x07\x43ommand\x12\x1f.sippbx.media.v1.CommandRequest\x1a .sippbx.media.v1.CommandResponse(\x01\x30\x01\x12H\n\x05Watch\x12\x1d.sippbx.media.v1.WatchRequest\x1a\x1e.sippbx.media.v1.WatchResponse0\x01\x12[\n\x0cListSessions\x12$.sippbx.media.v1.ListSessionsRequest\x1a%.sippbx.media.v1.ListSessionsResponse\x12L\n\x07GetNode\x12\x1f.sippbx.media.v1.GetNodeRequest\x1a .sippbx.media.v1.GetNodeResponse\x12O\n\x08Shutdown\x12 .sippbx.media.v1.ShutdownRequest\x1a!.sippbx.media.v1.ShutdownResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,39 +36,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sippbx.media.v1.media_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACQUIREREQUEST']._serialized_start=176
-  _globals['_ACQUIREREQUEST']._serialized_end=219
-  _globals['_ACQUIRERESPONSE']._serialized_start=221
-  _globals['_ACQUIRERESPONSE']._serialized_end=340
-  _globals['_CREATESESSION']._serialized_start=343
-  _globals['_CREATESESSION']._serialized_end=512
-  _globals['_UPDATESESSION']._serialized_start=514
-  _globals['_UPDATESESSION']._serialized_end=579
-  _globals['_DELETESESSION']._serialized_start=581
-  _globals['_DELETESESSION']._serialized_end=627
-  _globals['_COMMAND']._serialized_start=630
-  _globals['_COMMAND']._serialized_end=907
-  _globals['_COMMANDRESULT']._serialized_start=910
-  _globals['_COMMANDRESULT']._serialized_end=1069
-  _globals['_COMMANDREQUEST']._serialized_start=1071
-  _globals['_COMMANDREQUEST']._serialized_end=1163
-  _globals['_COMMANDRESPONSE']._serialized_start=1165
-  _globals['_COMMANDRESPONSE']._serialized_end=1240
-  _globals['_WATCHREQUEST']._serialized_start=1242
-  _globals['_WATCHREQUEST']._serialized_end=1313
-  _globals['_WATCHRESPONSE']._serialized_start=1315
-  _globals['_WATCHRESPONSE']._serialized_end=1383
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1386
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1545
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1547
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1663
-  _globals['_GETNODEREQUEST']._serialized_start=1665
-  _globals['_GETNODEREQUEST']._serialized_end=1681
-  _globals['_GETNODERESPONSE']._serialized_start=1683
-  _globals['_GETNODERESPONSE']._serialized_end=1743
-  _globals['_SHUTDOWNREQUEST']._serialized_start=1745
-  _globals['_SHUTDOWNREQUEST']._serialized_end=1784
-  _globals['_SHUTDOWNRESPONSE']._serialized_start=1786
-  _globals['_SHUTDOWNRESPONSE']._serialized_end=1804
-  _globals['_MEDIASERVICE']._serialized_start=1807
-  _globals['_MEDIASERVICE']._serialized_end=2307
+  _globals['_ACQUIREREQUEST']._serialized_end=253
+  _globals['_ACQUIRERESPONSE']._serialized_start=255
+  _globals['_ACQUIRERESPONSE']._serialized_end=374
+  _globals['_CREATESESSION']._serialized_start=377
+  _globals['_CREATESESSION']._serialized_end=546
+  _globals['_UPDATESESSION']._serialized_start=548
+  _globals['_UPDATESESSION']._serialized_end=613
+  _globals['_DELETESESSION']._serialized_start=615
+  _globals['_DELETESESSION']._serialized_end=661
+  _globals['_COMMAND']._serialized_start=664
+  _globals['_COMMAND']._serialized_end=941
+  _globals['_COMMANDRESULT']._serialized_start=944
+  _globals['_COMMANDRESULT']._serialized_end=1103
+  _globals['_COMMANDREQUEST']._serialized_start=1105
+  _globals['_COMMANDREQUEST']._serialized_end=1197
+  _globals['_COMMANDRESPONSE']._serialized_start=1199
+  _globals['_COMMANDRESPONSE']._serialized_end=1274
+  _globals['_WATCHREQUEST']._serialized_start=1276
+  _globals['_WATCHREQUEST']._serialized_end=1347
+  _globals['_WATCHRESPONSE']._serialized_start=1349
+  _globals['_WATCHRESPONSE']._serialized_end=1417
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1420
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1579
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1581
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1697
+  _globals['_GETNODEREQUEST']._serialized_start=1699
+  _globals['_GETNODEREQUEST']._serialized_end=1715
+  _globals['_GETNODERESPONSE']._serialized_start=1717
+  _globals['_GETNODERESPONSE']._serialized_end=1777
+  _globals['_SHUTDOWNREQUEST']._serialized_start=1779
+  _globals['_SHUTDOWNREQUEST']._serialized_end=1818
+  _globals['_SHUTDOWNRESPONSE']._serialized_start=1820
+  _globals['_SHUTDOWNRESPONSE']._serialized_end=1838
+  _globals['_MEDIASERVICE']._serialized_start=1841
+  _globals['_MEDIASERVICE']._serialized_end=2341
 # @@protoc_insertion_point(module_scope)

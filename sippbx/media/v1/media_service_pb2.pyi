@@ -29,16 +29,22 @@ class AcquireRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OWNER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     owner_id: _builtins.str
     """Required. Names the control plane's process, for logs: 1 to 64 printable ASCII characters."""
+    incarnation: _builtins.int
+    """Grows with each start of the control plane. While the owner in force is alive, an Acquire with a lower one is
+    refused: a process that was stopped and wakes up late cannot take the data plane from its successor.
+    """
     def __init__(
         self,
         *,
         owner_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner_id", b"owner_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "owner_id", b"owner_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -79,7 +79,8 @@ class MediaServiceServicer:
 
     def Acquire(self, request, context):
         """Becomes the owner and fences the one before: its streams end, none of its commands begins any more, and those that
-        it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, UNAVAILABLE.
+        it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced: a
+        later incarnation owns the data plane), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

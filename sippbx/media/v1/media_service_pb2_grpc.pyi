@@ -39,7 +39,8 @@ class MediaServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MediaServiceAsyncStub: ...
     Acquire: _grpc.UnaryUnaryMultiCallable[_media_service_pb2.AcquireRequest, _media_service_pb2.AcquireResponse]
     """Becomes the owner and fences the one before: its streams end, none of its commands begins any more, and those that
-    it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, UNAVAILABLE.
+    it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced: a
+    later incarnation owns the data plane), UNAVAILABLE.
     """
     Command: _grpc.StreamStreamMultiCallable[_media_service_pb2.CommandRequest, _media_service_pb2.CommandResponse]
     """Carries out commands and returns their results. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced),
@@ -65,7 +66,8 @@ class MediaServiceAsyncStub(MediaServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Acquire: _aio.UnaryUnaryMultiCallable[_media_service_pb2.AcquireRequest, _media_service_pb2.AcquireResponse]  # type: ignore[assignment]
     """Becomes the owner and fences the one before: its streams end, none of its commands begins any more, and those that
-    it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, UNAVAILABLE.
+    it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced: a
+    later incarnation owns the data plane), UNAVAILABLE.
     """
     Command: _aio.StreamStreamMultiCallable[_media_service_pb2.CommandRequest, _media_service_pb2.CommandResponse]  # type: ignore[assignment]
     """Carries out commands and returns their results. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced),
@@ -94,7 +96,8 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_media_service_pb2.AcquireResponse, _abc.Awaitable[_media_service_pb2.AcquireResponse]]:
         """Becomes the owner and fences the one before: its streams end, none of its commands begins any more, and those that
-        it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, UNAVAILABLE.
+        it had begun are finished. Sessions are left as they are. Codes: INVALID_ARGUMENT, FAILED_PRECONDITION (fenced: a
+        later incarnation owns the data plane), UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod

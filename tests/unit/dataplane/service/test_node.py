@@ -309,6 +309,35 @@ def test_epochs_grow_and_the_owner_before_is_fenced(world: World) -> None:
         world.node.owner_of(5)
 
 
+def test_an_owner_that_wakes_up_late_does_not_take_the_node_from_its_successor(world: World) -> None:
+    world.node.acquire("old", 1)
+    new = world.node.acquire("new", 2)
+    with new.stream(lambda: world.now):
+        world.now += 60
+        with pytest.raises(RefusedError, match="incarnation 1 is not the newest: incarnation 2 owns") as caught:
+            world.node.acquire("old", 1)
+        assert caught.value.refusal is Refusal.FENCED
+        assert not new.fenced.is_set()
+
+
+def test_an_owner_that_has_just_acquired_or_been_cut_off_is_alive(world: World) -> None:
+    new = world.node.acquire("new", 2)
+    with pytest.raises(RefusedError):
+        world.node.acquire("old", 1)
+    world.now += 5
+    with new.stream(lambda: world.now):
+        world.now += 5
+    with pytest.raises(RefusedError):
+        world.node.acquire("old", 1)
+
+
+def test_the_same_owner_comes_back_and_a_dead_one_keeps_nobody_out(world: World) -> None:
+    world.node.acquire("new", 2)
+    world.node.acquire("new", 2)
+    world.now += 5
+    assert world.node.acquire("with an empty journal", 1).epoch == 7
+
+
 async def test_sessions_outlive_their_owner_for_the_grace_time_and_no_longer(world: World) -> None:
     owner = world.node.acquire("a")
     with owner.stream(lambda: world.now):
