@@ -334,6 +334,7 @@ class B2bua:
                 self._answer(event.transaction, build_response(request, 481), now)
                 return
             call, leg = entry
+            self._transactions.serve(event.transaction, call, leg)
             self._perform(call, call.receive(leg, event, now), now)
             return
         match request.method:

@@ -16,6 +16,8 @@ class TransactionOwners:
         self._of_call: dict[CallId, set[TransactionId]] = {}
         # Answered INVITEs of ours by leg: a repeated 2xx must find them for as long as they live (RFC 6026).
         self._accepted: dict[CallId, dict[LegName, TransactionId]] = {}
+        # The newest requests of the peers in their dialogs.
+        self._newest: dict[CallId, dict[LegName, TransactionId]] = {}
 
     def __len__(self) -> int:
         """Transactions that may still fail."""
@@ -29,6 +31,15 @@ class TransactionOwners:
         """It is this leg's."""
         self._owners[transaction] = (call, leg)
         self._of_call.setdefault(call.call_id, set()).add(transaction)
+
+    def serve(self, transaction: TransactionId, call: Call, leg: LegName) -> None:
+        """It is the newest request of this leg's peer, in place of the one before."""
+        newest = self._newest.setdefault(call.call_id, {})
+        before = newest.get(leg)
+        if before is not None and self._owners.pop(before, None) is not None:
+            self._of_call[call.call_id].discard(before)
+        newest[leg] = transaction
+        self.own(transaction, call, leg)
 
     def settle(self, transaction: TransactionId, *, accepted: bool) -> None:
         """It has its final answer, a 2xx if `accepted`, and cannot fail any more."""
@@ -52,5 +63,6 @@ class TransactionOwners:
     def forget(self, call_id: CallId) -> None:
         """Forget a call's."""
         self._accepted.pop(call_id, None)
+        self._newest.pop(call_id, None)
         for transaction in self._of_call.pop(call_id, ()):
             self._owners.pop(transaction, None)

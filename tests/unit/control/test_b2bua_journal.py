@@ -415,6 +415,19 @@ async def test_repetitions_wait_behind_what_they_repeat(disk: Disk, process: Pro
     assert summary([message for message, _ in process.sent]) == ["100", "INVITE", "INVITE"]
 
 
+async def test_the_answer_to_a_request_that_comes_twice_waits_for_the_disk_both_times(
+    disk: Disk, process: Process
+) -> None:
+    talk = talking(process)
+    disk.prompt = False
+    bye = in_dialog("BYE", 2, talk.to)
+    assert process.receive(bye, CALLER) == []
+    assert process.receive(bye, CALLER) == []
+    before = len(process.sent)
+    disk.commit()
+    assert summary([message for message, _ in process.sent[before:]]) == ["200", "BYE", "200"]
+
+
 async def test_a_disk_that_takes_too_long_holds_no_running_call(
     disk: Disk, process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
