@@ -68,6 +68,7 @@ from control.sip.stack import (
     AckReceived,
     CancelReceived,
     Discarded,
+    MessageLabel,
     RequestReceived,
     ResponseReceived,
     SipStack,
@@ -286,8 +287,12 @@ class B2bua:
     # ---- what the stack reports ------------------------------------------------------------------------------------
 
     def _perform_stack(self, outputs: Iterable[StackOutput], now: float) -> None:
+        acks: list[tuple[CallId | None, Transmit]] = []
         for output in outputs:
             match output:
+                case Transmit(label=MessageLabel(method="ACK", retransmission=False)) if self._leaving is None:
+                    # Of a refusal: it must not come again, so it waits for what its call makes of it.
+                    acks.append((self._call_of(output.transaction), output))
                 case Transmit():
                     if self._leaving is not None:
                         self._leaving.append(output)
@@ -312,6 +317,8 @@ class B2bua:
                     _log.debug("sip.message_discarded", source=str(output.flow.remote), detail=output.detail)
                 case _:
                     assert_never(output)
+        for call_id, ack in acks:
+            self._keeper.departures.send(call_id, ack)
 
     def _guard(self, event: RequestReceived, now: float) -> None:
         """Dispatches a request; whatever is wrong with it is answered, and a bug of ours costs this request alone."""

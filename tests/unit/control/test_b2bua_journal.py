@@ -387,6 +387,15 @@ async def test_ack_and_answer_leave_once_the_answer_is_on_the_disk(disk: Disk, p
     assert summary([message for message, _ in process.sent[before:]]) == ["ACK", "200"]
 
 
+async def test_a_refusal_is_acknowledged_and_passed_on_once_it_is_on_the_disk(disk: Disk, process: Process) -> None:
+    invite = ringing(process)
+    disk.prompt = False
+    assert process.receive(response_to(invite, 486).encode(), CALLEE) == []
+    before = len(process.sent)
+    disk.commit()
+    assert summary([message for message, _ in process.sent[before:]]) == ["486", "ACK"]
+
+
 async def test_bye_and_its_answer_leave_once_the_end_is_on_the_disk(disk: Disk, process: Process) -> None:
     talk = talking(process)
     disk.prompt = False
