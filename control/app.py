@@ -11,8 +11,9 @@ import contextlib
 import gc
 import secrets
 import socket
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -28,9 +29,12 @@ from control.b2bua.b2bua import B2bua
 from control.b2bua.registration import restored_bindings
 from control.b2bua.saved_calls import Instant, brought_back, offset_s
 from control.events.call_log import log_call_event
-from control.events.cdr import CdrFile
+from control.events.cdr import JsonLines
+from control.events.cdr_csv import CsvLines
+from control.events.cdr_file import CdrFile, Rotation
 from control.events.codec import call_id_of, encode, event_id, event_type
 from control.events.fanout import EventFanOut
+from control.events.feed import SinkFeed
 from control.events.webhook import Webhooks
 from control.media.client import MediaClient
 from control.metrics import ControlMetrics, product_version
@@ -40,7 +44,7 @@ from control.pbx.records import CallEvent, CallEventKind, CallRecord, ErrorEvent
 from control.pbx.registrar import Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
-from control.settings.sections import ListenerSettings
+from control.settings.sections import CdrSettings, ListenerSettings
 from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
@@ -49,9 +53,12 @@ from control.sip.stack import SipStack
 from control.sip.transaction import Timers
 from control.store.database import Database, StoreError
 from control.store.events import EventStore, StoredEvent
+from control.store.health import StoreHealth
 from control.store.journal import Journal, JournalEntry
 from control.store.records import RecordStore
 from control.store.registrations import RegistrationStore
+from control.store.reserve import Reserve, open_store, reserve_for
+from control.store.sinks import SinkPositions
 from control.transport.udp import UdpTransport
 from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
@@ -98,7 +105,14 @@ async def run(settings: Settings, inherited: Mapping[str, socket.socket]) -> int
 class ControlPlane:
     """Everything that runs, for as long as `started` is open."""
 
-    def __init__(self, settings: Settings, stop: Stop, metrics: ControlMetrics, database: Database) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        stop: Stop,
+        metrics: ControlMetrics,
+        database: Database,
+        store_trouble: Callable[[], str | None],
+    ) -> None:
         self._settings = settings
         self._stop = stop
         self._fenced = False
@@ -108,6 +122,7 @@ class ControlPlane:
         self._listeners = {listener.name: listener for listener in settings.sip.listeners}
         self.metrics = metrics
         self._database = database
+        self._store_trouble = store_trouble
         clock = asyncio.get_running_loop().time
         self._journal = Journal(database, boot_id=_boot_id(), clock=clock)
         self._registrations = RegistrationStore(database, boot_id=_boot_id(), clock=clock)
@@ -115,6 +130,7 @@ class ControlPlane:
             max_calls=settings.limits.max_calls,
             calls_per_second=settings.limits.calls_per_second,
             retry_after_s=settings.limits.retry_after_s,
+            store_trouble=store_trouble,
         )
         self._events = EventFanOut(self.metrics)
         self._media = MediaClient(
@@ -174,10 +190,17 @@ class ControlPlane:
         Raises: SocketError, ProbeError, ApiBindError, StoreError.
         """
         async with contextlib.AsyncExitStack() as running:
-            metrics = ControlMetrics()
-            database = await Database.open(settings.store.path, metrics=metrics)
+            metrics, store = ControlMetrics(), settings.store
+            reserve_bytes = store.reserve_bytes
+            if reserve_bytes is None:
+                reserve_bytes = reserve_for(settings.limits.max_calls)
+            reserve = Reserve(store.path, reserve_bytes, metrics=metrics)
+            running.push_async_callback(reserve.close)
+            database = await open_store(store.path, reserve, metrics=metrics)
             running.push_async_callback(database.close)
-            plane = cls(settings, stop, metrics, database)
+            await reserve.start()
+            health = StoreHealth(database, slow_after_s=store.slow_after_s, clock=time.monotonic)
+            plane = cls(settings, stop, metrics, database, lambda: reserve.trouble or health.trouble)
             database.when_fenced(plane._lose_ownership)
             await plane._start(running, inherited)
             yield plane
@@ -339,9 +362,6 @@ class ControlPlane:
         Raises: StoreError.
         """
         settings, database = self._settings, self._database
-        sink = None if settings.cdr.jsonl_path is None else CdrFile(settings.cdr.jsonl_path, metrics=self.metrics)
-        if sink is not None:
-            running.push_async_callback(sink.close)
         webhooks = await Webhooks.open(
             settings.webhooks,
             database=database,
@@ -352,10 +372,19 @@ class ControlPlane:
         running.push_async_callback(webhooks.close)
         records = RecordStore(database)
 
+        positions = SinkPositions(database, settings.store.path)
+        running.callback(positions.close)
+        feeds = [
+            SinkFeed(sink, records=records, positions=positions, metrics=self.metrics) for sink in _sinks(settings.cdr)
+        ]
+        for feed in feeds:
+            running.push_async_callback(feed.close)
+
         def committed(event: StoredEvent, record: CallRecord | None) -> None:
             webhooks.wake(event)
-            if sink is not None and record is not None:
-                sink.add([record])
+            if record is not None:
+                for feed in feeds:
+                    feed.wake()
 
         events = await EventStore.open(
             database,
@@ -393,6 +422,8 @@ class ControlPlane:
             reasons.append("draining")
         if (trouble := self._media.trouble) is not None:
             reasons.append(f"media: {trouble}")
+        if (trouble := self._store_trouble()) is not None:
+            reasons.append(f"store: {trouble}")
         return reasons
 
     def _lose_ownership(self) -> None:
@@ -475,6 +506,12 @@ def _listening_sockets(
         else:
             sockets[listener.name] = bind_udp(wanted)
     return sockets
+
+
+def _sinks(settings: CdrSettings) -> list[CdrFile]:
+    rotation = Rotation(settings.rotate_bytes, settings.rotate_every, settings.keep_files)
+    forms = ((settings.jsonl_path, JsonLines()), (settings.csv_path, CsvLines()))
+    return [CdrFile(path, lines, rotation=rotation, utc_now=_utc_now) for path, lines in forms if path is not None]
 
 
 def _here() -> Instant:

@@ -99,3 +99,14 @@ def test_draining_is_the_reason_even_where_a_limit_is_reached_too() -> None:
     gate = admission(max_calls=1, rate=1.0)
     gate.draining = True
     assert [reason(gate.admit(ALICE, 5, 100.0)) for _ in range(2)] == [Reason.DRAINING, Reason.DRAINING]
+
+
+def test_no_call_is_taken_whose_record_could_not_be_kept() -> None:
+    trouble: list[str | None] = ["no space on the disk"]
+    admission = Admission(max_calls=10, calls_per_second=10, retry_after_s=7, store_trouble=lambda: trouble[0])
+    refused = admission.admit(None, 0, 0.0)
+    assert refused is not None
+    assert (refused.status, refused.reason, refused.retry_after_s) == (503, Reason.STORE_UNAVAILABLE, 7)
+    assert refused.detail == "no space on the disk"
+    trouble[0] = None
+    assert admission.admit(None, 0, 0.0) is None
