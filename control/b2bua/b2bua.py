@@ -543,7 +543,9 @@ class B2bua:
                 assert_never(effect)
 
     def _tell(self, call: Call, event: CallEvent) -> None:
-        """Publishes; the end of a call ends its row in the journal, in one transaction with its record."""
+        """Publishes; a call's row in the journal begins with its first event and ends with its last, its record."""
+        if event.kind is CallEventKind.STARTED:
+            self._keeper.begin(call)
         if event.record is not None:
             self._keeper.end(call, event.record)
         self._publish(event)

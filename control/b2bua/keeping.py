@@ -27,6 +27,9 @@ class JournalPort(Protocol):
     `record` is what would be kept of a call that could not be taken up again; None when its record is written.
     """
 
+    def begin(self, record: CallRecord, snapshot: Plain) -> None:
+        """The event that is published next tells of a new call."""
+
     def save(
         self,
         call_id: CallId,
@@ -97,6 +100,13 @@ class CallKeeper:
     def taken_up(self, call_id: CallId) -> None:
         """A call came out of the journal."""
         self._rows.add(call_id)
+
+    def begin(self, call: Call) -> None:
+        """The call's start is published next: whoever hears of it will hear of its end, whatever is killed."""
+        if self._journal is None or call.state is CallState.ENDED:
+            return
+        self._rows.add(call.call_id)
+        self._journal.begin(record_in_unicode(call.record_if_lost(self._clock())), self._snapshot(call))
 
     def end(self, call: Call, record: CallRecord) -> None:
         """The call's end is published next: its row goes with its record, or keeps what is left to be done."""

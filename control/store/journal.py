@@ -57,7 +57,13 @@ class Journal:
         self._database = database
         self._boot_id = boot_id
         self._clock = clock
-        self._ends: dict[str, tuple[Statement, ...]] = {}
+        # What goes with the event of a call that is appended next, by the call and the kind of event.
+        self._with_event: dict[tuple[str | None, str], tuple[Statement, ...]] = {}
+
+    def begin(self, record: CallRecord, snapshot: Any) -> None:
+        """The event that is appended next tells of a new call: its row comes with it."""
+        row = self._saving(record.call_id, _record_text(record), snapshot)
+        self._with_event[record.call_id, CallEventKind.STARTED] = (row,)
 
     def save(
         self,
@@ -79,7 +85,8 @@ class Journal:
     def end(self, record: CallRecord, snapshot: Any | None) -> None:
         """The event that is appended next ends a call: its row goes with it, or keeps what is left to be done."""
         call_id = record.call_id
-        self._ends[call_id] = (_forgetting(call_id) if snapshot is None else self._saving(call_id, "", snapshot),)
+        row = _forgetting(call_id) if snapshot is None else self._saving(call_id, "", snapshot)
+        self._with_event[call_id, CallEventKind.ENDED] = (row,)
 
     def set_aside(self, entry: JournalEntry, reason: str) -> None:
         """Move a row that cannot be used out of the way.
@@ -91,13 +98,11 @@ class Journal:
         if entry.record is None:
             self._database.submit(statements)
         else:
-            self._ends[entry.call_id] = statements
+            self._with_event[entry.call_id, CallEventKind.ENDED] = statements
 
     def statements_for(self, event: StoredEvent) -> Sequence[Statement]:
         """What belongs into the transaction of an event."""
-        if event.type != CallEventKind.ENDED or event.call_id not in self._ends:
-            return ()
-        return self._ends.pop(event.call_id)
+        return self._with_event.pop((event.call_id, event.type), ())
 
     async def load(self) -> list[JournalEntry]:
         """All calls, the oldest first.

@@ -61,6 +61,7 @@ class Disk:
         self.prompt = True
         self.commits = 0
         self.now: Callable[[], float] = float
+        self._begins: dict[CallId, Row] = {}
         self._ends: dict[CallId, Plain | None] = {}
 
     def _write(self, work: Callable[[], None]) -> None:
@@ -75,6 +76,9 @@ class Disk:
     def commit(self) -> None:
         while self.waiting:
             self.waiting.pop(0)()
+
+    def begin(self, record: CallRecord, snapshot: Plain) -> None:
+        self._begins[record.call_id] = Row(record, snapshot, self.now())
 
     def save(
         self,
@@ -103,7 +107,16 @@ class Disk:
         self._write(work)
 
     def publish(self, event: Event) -> None:
-        if not isinstance(event, CallEvent) or event.record is None:
+        if not isinstance(event, CallEvent):
+            return
+        if (row := self._begins.pop(event.call_id, None)) is not None:
+            call_id, begun = event.call_id, row
+
+            def begin() -> None:
+                self.rows[call_id] = begun
+
+            self._write(begin)
+        if event.record is None:
             return
         record, snapshot, now = event.record, self._ends.pop(event.call_id, None), self.now()
 
@@ -600,6 +613,14 @@ async def test_a_kill_while_a_call_that_rang_is_being_ended_leaves_nothing_in_th
     process.save_what_is_dirty()
     after = process.killed().killed()
     assert after.data_plane.wishes == list(disk.rows)
+    after.answer_media()
+    assert reasons(disk) == ["node-restarted"]
+
+
+async def test_a_call_whose_ports_had_not_come_yet_is_ended(disk: Disk, process: Process) -> None:
+    process.receive(invite_bytes(), CALLER)
+    after = process.killed()
+    assert summary([message for message, _ in after.sent]) == ["503"]
     after.answer_media()
     assert reasons(disk) == ["node-restarted"]
 
