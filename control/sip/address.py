@@ -8,6 +8,13 @@ class Transport(StrEnum):
     """A SIP transport, spelt as in Via (RFC 3261 section 20.42)."""
 
     UDP = "UDP"
+    TCP = "TCP"
+    TLS = "TLS"
+
+    @property
+    def is_reliable(self) -> bool:
+        """Whether it delivers in order or tells that it could not (section 17): a connection, not datagrams."""
+        return self is not Transport.UDP
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,8 @@ class Flow:
     """A way to a peer: a listening socket of ours, by name, and the peer's address.
 
     What is sent back along the flow on which a request came reaches its sender through any NAT (RFC 3581 section 4).
+    Over TCP and TLS it names the connection with that address, of which there is one for each listener at a time,
+    whoever opened it; where there is none, one can be opened.
     """
 
     transport: Transport

@@ -4,6 +4,8 @@ Implements matching (RFC 3261 sections 17.1.3, 17.2.3 with its fallback for RFC 
 machines in control.sip.transaction, ACK for refusals (17.1.1.3), CANCEL (9.1, 9.2), 100 Trying (17.2.1), Via received
 and rport (18.2.1, RFC 3581), and what is refused before the transaction user sees it: malformed requests, merged
 requests (8.2.2.2) and requests without hops left (16.3). All deadlines live in one heap.
+Over reliable transports it demands Content-Length (18.3), and when a connection is lost it fails what waits for a first
+answer there, and moves responses to where section 18.2.2 wants them next.
 Left out: the choice of a destination; whoever sends a request names the flow.
 """
 
@@ -17,7 +19,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Final, assert_never, cast
 
-from control.sip.address import Address, Flow
+from control.sip.address import Address, Flow, Transport
 from control.sip.errors import LocalProtocolError, RemoteProtocolError
 from control.sip.headers import Via, split_commas
 from control.sip.message import Message, Request, Response, build_request, build_response, parse_message
@@ -57,6 +59,8 @@ METHODS: Final = frozenset(
         "PUBLISH",
     }
 )
+# Where a request of ours has no answer of any kind yet.
+_UNANSWERED: Final = frozenset((State.CALLING, State.TRYING, State.WITHDRAWN))
 # Requests that end here whatever hops they have left; section 11 has OPTIONS with none answered by whom it reached.
 _NEVER_FORWARDED: Final = frozenset(("OPTIONS", "REGISTER"))
 _LONGEST_KEEP_ALIVE: Final = 4
@@ -102,7 +106,10 @@ class DiscardReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Transmit:
-    """Send `data` along `flow`; tell `SipStack.transport_failed` if that turns out to be impossible."""
+    """Send `data` along `flow`.
+
+    If that turns out to be impossible, tell `SipStack.transport_failed`, or `SipStack.flow_failed` of a connection.
+    """
 
     data: bytes
     flow: Flow
@@ -155,7 +162,7 @@ class TransactionFailed:
 
 @dataclass(frozen=True, slots=True)
 class Discarded:
-    """A datagram was dropped; `detail` is for people."""
+    """A message was dropped; `detail` is for people."""
 
     flow: Flow
     reason: DiscardReason
@@ -194,6 +201,8 @@ class SipStack:
         self._clients: dict[TransactionId, ClientTransaction] = {}
         self._servers: dict[TransactionId, ServerTransaction] = {}
         self._merge_keys: dict[tuple[str, str, str], TransactionId] = {}  # of those in _servers, so bounded with them
+        # Of reliable transports only, by the connection that they use.
+        self._of_flow: dict[Flow, set[Transaction]] = {}
         self._deadlines: list[tuple[float, int, Transaction]] = []
         self._order = itertools.count()
 
@@ -202,22 +211,46 @@ class SipStack:
     # ------------------------------------------------------------------------------------------------ from the network
 
     def receive(self, data: bytes, flow: Flow, now: float) -> list[Output]:
-        """Take one datagram. Raises nothing, whatever it holds."""
+        """Take one datagram, or one message of a stream as control.sip.framing cuts it.
+
+        Raises nothing, whatever it holds.
+        """
         if len(data) <= _LONGEST_KEEP_ALIVE and not data.strip(b"\r\n\0"):
             return [Discarded(flow, DiscardReason.KEEP_ALIVE, "")]
         try:
             message = parse_message(data)
+            if flow.transport is not Transport.UDP:
+                _demand_length(message)
             if isinstance(message, Response):
                 return self._receive_response(message, flow, now)
             return self._receive_request(message, flow, now)
         except RemoteProtocolError as error:
             if error.request is None:
                 return [Discarded(flow, DiscardReason.MALFORMED, str(error))]
+            if flow.transport is not Transport.UDP and _is_cut_short(error):
+                error.status = 513
             return self._answer_malformed(error.request, error, flow)
 
     def transport_failed(self, transaction: TransactionId, now: float) -> list[Output]:
         """A `Transmit` of this transaction could not be performed (sections 17.1.4 and 17.2.4)."""
         return self._feed(self._clients.get(transaction) or self._servers.get(transaction), Event.TRANSPORT_ERROR, now)
+
+    def flow_failed(self, flow: Flow, now: float) -> list[Output]:
+        """The connection that a flow names is gone, or there could be none.
+
+        A request without any answer has failed (section 17.1.4); one with a provisional answer waits on, as the rest
+        may come over a new connection. Responses go to the port in the request's Via from now on (section 18.2.2).
+        """
+        outputs: list[Output] = []
+        for transaction in list(self._of_flow.get(flow, ())):
+            if isinstance(transaction, ServerTransaction):
+                port = int(transaction.id.sent_by.rpartition(":")[2])
+                self._stay_off(transaction)
+                transaction.flow = replace(flow, remote=Address(flow.remote.host, port))
+                self._note_flow(transaction)
+            elif transaction.state in _UNANSWERED:
+                outputs += self._feed(transaction, Event.TRANSPORT_ERROR, now)
+        return outputs
 
     def _receive_response(self, response: Response, flow: Flow, now: float) -> list[Output]:
         via = response.via
@@ -334,6 +367,7 @@ class SipStack:
         if saved.request is not None:
             transaction = ClientTransaction(saved.request, saved.id, saved.flow, self._timers, now)
             self._clients[saved.id] = transaction
+            self._note_flow(transaction)
         else:
             transaction = self._start_server(saved.merge_key, saved.id, saved.flow, now)
         transaction.restore(saved)
@@ -374,6 +408,7 @@ class SipStack:
         transaction = ClientTransaction(request, transaction_id, flow, self._timers, now)
         transaction.last_sent = request.encode()
         self._clients[transaction_id] = transaction
+        self._note_flow(transaction)
         self._schedule(transaction)
         return [Transmit(transaction.last_sent, flow, _label(request.method, None), transaction_id)]
 
@@ -384,6 +419,7 @@ class SipStack:
         self._servers[transaction_id] = transaction
         if merge_key is not None:
             self._merge_keys[merge_key] = transaction_id
+        self._note_flow(transaction)
         return transaction
 
     def _answer(self, transaction: ServerTransaction, response: Response, now: float) -> list[Output]:
@@ -458,12 +494,25 @@ class SipStack:
         return outputs
 
     def _forget(self, transaction: Transaction) -> None:
+        self._stay_off(transaction)
         if not isinstance(transaction, ServerTransaction):
             self._clients.pop(transaction.id, None)
             return
         self._servers.pop(transaction.id, None)
         if transaction.merge_key is not None:
             self._merge_keys.pop(transaction.merge_key, None)
+
+    def _note_flow(self, transaction: Transaction) -> None:
+        if transaction.flow.transport is not Transport.UDP:
+            self._of_flow.setdefault(transaction.flow, set()).add(transaction)
+
+    def _stay_off(self, transaction: Transaction) -> None:
+        """Undo `_note_flow`."""
+        if transaction.flow.transport is not Transport.UDP:
+            there = self._of_flow.get(transaction.flow, set())
+            there.discard(transaction)
+            if not there:
+                self._of_flow.pop(transaction.flow, None)
 
     def _schedule(self, transaction: Transaction) -> None:
         """See to it that the heap holds an entry no later than the transaction's deadline.
@@ -489,6 +538,25 @@ class SipStack:
         if self._server_name:
             response.headers.set("Server", self._server_name)
         return response
+
+
+def _demand_length(message: Message) -> None:
+    """Check that a message of a stream told its length (section 18.3).
+
+    Raises:
+        RemoteProtocolError: 400, it did not.
+    """
+    if "Content-Length" not in message.headers:
+        answerable = message if isinstance(message, Request) and message.method != "ACK" else None
+        raise RemoteProtocolError(400, "streams need it", "Content-Length", answerable)
+
+
+def _is_cut_short(error: RemoteProtocolError) -> bool:
+    """Whether a message of a stream has a length that is a number and yet wrong: framing gave up on its size."""
+    if error.header != "Content-Length" or error.request is None:
+        return False
+    lengths = set(error.request.headers.get_all("Content-Length"))
+    return len(lengths) == 1 and lengths.pop().isdecimal()
 
 
 def _delivered(transaction: Transaction, message: Request | Response, flow: Flow) -> list[Output]:

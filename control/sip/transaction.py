@@ -6,7 +6,8 @@ the stack, which has the message at hand, performs them. Rows stand in the order
 Cancelling (section 9.1) is part of the INVITE client machine: two states of our own, WITHDRAWN and CANCELLING, hold a
 CANCEL back until a provisional response came, and give up when no final response follows.
 
-Left out: reliable transports, for which timers A, E and G never run and D, I, J and K are zero.
+Over reliable transports timers A, E and G never run, and D, I, J and K are zero: the state that they guard is left as
+soon as it is entered.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import NamedTuple
 
-from control.sip.address import Flow
+from control.sip.address import Flow, Transport
 from control.sip.message import Request
 from control.sip.snapshot import Moment
 
@@ -282,6 +283,11 @@ NON_INVITE_SERVER = Machine(
     },
 )
 
+# Timers of repetitions, and those of the time in which repetitions of the peer may come: with reliable transports there
+# are none (RFC 3261 table 4). L and M are not among these: forking makes several 2xx (RFC 6026 section 7).
+_OF_REPETITION = frozenset({Event.TIMER_A, Event.TIMER_E, Event.TIMER_G})
+_OF_ABSORPTION = frozenset({Event.TIMER_D, Event.TIMER_I, Event.TIMER_J, Event.TIMER_K})
+
 MACHINES = (INVITE_CLIENT, NON_INVITE_CLIENT, INVITE_SERVER, NON_INVITE_SERVER)
 
 
@@ -393,7 +399,14 @@ class Transaction:
         self._start_timers(now)
 
     def _start_timers(self, now: float) -> None:
+        is_reliable = self.flow.transport is not Transport.UDP
         for event, span in self.machine.enter.get(self.state, {}).items():
+            if is_reliable and event in _OF_REPETITION:
+                continue
+            if is_reliable and event in _OF_ABSORPTION:
+                self.state = self.machine.table[self.state][event].state
+                self._timers.clear()
+                return
             interval_s = self.timers.span_s(span)
             self._timers.append(_Timer(now + interval_s, event, interval_s))
         self._timers.sort()
