@@ -1,27 +1,30 @@
-"""Listening UDP sockets: bound from a specification, handed to another program, received from a parent.
+"""Listening sockets, UDP and TCP: bound from a specification, handed to another program, received from a parent.
 
 Hand-over follows the LISTEN_FDS convention of systemd's sd_listen_fds(3): descriptors from 3 on, LISTEN_PID names the
 process they are meant for, LISTEN_FDNAMES their names. So a socket unit can take the supervisor's place. Standard
 library only, because the supervisor imports it.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
 import socket
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import NoReturn, Self
+from typing import ClassVar, NoReturn, Self
 
 FIRST_FD = 3
 NAME_PATTERN = re.compile(r"[!-9;-~]{1,255}")
 RECEIVE_BUFFER_BYTES = 4 * 1024 * 1024
+BACKLOG = 1024
+"""How many connections wait for a process that is being restarted; the kernel may allow fewer (net.core.somaxconn)."""
 
 _BIND_ADVICE = {
-    errno.EADDRINUSE: "another process has it; `ss -lunp` tells which",
+    errno.EADDRINUSE: "another process has it; `ss -ltunp` tells which",
     errno.EADDRNOTAVAIL: "it is not an address of this machine",
     errno.EACCES: "not permitted; ports below 1024 need CAP_NET_BIND_SERVICE",
 }
@@ -32,29 +35,47 @@ class SocketError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class UdpListener:
-    """Where to listen for datagrams: a numeric local address and a port."""
+class Listener:
+    """Where to listen: a numeric local address and a port."""
+
+    scheme: ClassVar[str]
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Reads "udp://127.0.0.1:5060" or "udp://[::1]:5060".
+        """Reads "udp://127.0.0.1:5060" or "tcp://[::1]:5060", by what it is asked of.
 
         Raises:
             SocketError: when it is anything else.
         """
-        match = re.fullmatch(r"udp://(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", text)
+        match = re.fullmatch(cls.scheme + r"://(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})", text)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise SocketError(f"{text!r} is not a listener; write udp://ADDRESS:PORT, IPv6 addresses in brackets")
+            advice = f"write {cls.scheme}://ADDRESS:PORT, IPv6 addresses in brackets"
+            raise SocketError(f"{text!r} is not a listener; {advice}")
         try:
             return cls(str(ip_address(match[1] or match[2])), int(match[3]))
         except ValueError as error:
             raise SocketError(f"{text!r} is not a listener: {error}") from error
 
     def __str__(self) -> str:
-        return f"udp://[{self.host}]:{self.port}" if ":" in self.host else f"udp://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UdpListener(Listener):
+    """Where to listen for datagrams."""
+
+    scheme = "udp"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpListener(Listener):
+    """Where to listen for connections."""
+
+    scheme = "tcp"
 
 
 def bind_udp(listener: UdpListener, *, receive_buffer_bytes: int = RECEIVE_BUFFER_BYTES) -> socket.socket:
@@ -65,22 +86,48 @@ def bind_udp(listener: UdpListener, *, receive_buffer_bytes: int = RECEIVE_BUFFE
     Raises:
         SocketError: when the address cannot be bound; the text names it and says why.
     """
+    with _binding(listener, socket.SOCK_DGRAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
+        bound.bind((listener.host, listener.port))
+    return bound
+
+
+def bind_tcp(listener: TcpListener, *, backlog: int = BACKLOG) -> socket.socket:
+    """Binds a non-blocking TCP socket that listens already; an IPv6 one takes no IPv4 (RFC 3493 section 5.3).
+
+    Connections of an earlier process that linger do not stand in its way (SO_REUSEADDR).
+
+    Raises:
+        SocketError: when the address cannot be bound; the text names it and says why.
+    """
+    with _binding(listener, socket.SOCK_STREAM) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((listener.host, listener.port))
+        bound.listen(backlog)
+    return bound
+
+
+@contextlib.contextmanager
+def _binding(listener: Listener, kind: socket.SocketKind) -> Iterator[socket.socket]:
+    """A new socket, closed again when it cannot be bound.
+
+    Raises:
+        SocketError: for any OSError.
+    """
     family = socket.AF_INET6 if ":" in listener.host else socket.AF_INET
     try:
-        bound = socket.socket(family, socket.SOCK_DGRAM)
+        bound = socket.socket(family, kind)
     except OSError as error:
         raise SocketError(f"cannot listen on {listener}: {error.strerror}") from error
     try:
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
         bound.setblocking(False)
-        bound.bind((listener.host, listener.port))
+        yield bound
     except OSError as error:
         bound.close()
         advice = _BIND_ADVICE.get(error.errno or 0, error.strerror)
         raise SocketError(f"cannot listen on {listener}: {advice}") from error
-    return bound
 
 
 def place(named: Sequence[tuple[str, socket.socket]], environment: MutableMapping[str, str]) -> None:
@@ -126,7 +173,8 @@ def receive(environment: MutableMapping[str, str] = os.environ) -> dict[str, soc
     The variables are removed in any case, and the descriptors will not reach children of this process.
 
     Raises:
-        SocketError: when the variables contradict each other or a descriptor is not a UDP socket.
+        SocketError: when the variables contradict each other or a descriptor is neither a UDP nor a listening TCP
+            socket.
     """
     received: dict[str, socket.socket] = {}
     for descriptor, name in enumerate(inherited_names(environment), start=FIRST_FD):
@@ -134,8 +182,10 @@ def receive(environment: MutableMapping[str, str] = os.environ) -> dict[str, soc
             taken = socket.socket(fileno=descriptor)
         except OSError as error:
             raise SocketError(f"descriptor {descriptor}, named {name!r}, is not a socket: {error.strerror}") from error
-        if taken.type != socket.SOCK_DGRAM or name in received:
-            raise SocketError(f"descriptor {descriptor}, named {name!r}, is not UDP, or its name is not the only one")
+        if name in received:
+            raise SocketError(f"descriptor {descriptor} is the second one named {name!r}")
+        if taken.type != socket.SOCK_DGRAM and not taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise SocketError(f"descriptor {descriptor}, named {name!r}, is neither UDP nor a TCP socket that listens")
         taken.set_inheritable(False)
         taken.setblocking(False)
         received[name] = taken
