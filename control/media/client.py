@@ -35,7 +35,7 @@ _RPC_TIMEOUT_S = 2.0
 _PROBE_INTERVAL_S = 1.0
 _BACKOFF_FIRST_S = 0.05
 # A restarted data plane is to have its sessions back at once; asking a socket of this host costs nothing.
-_BACKOFF_MOST_S = 0.25
+_BACKOFF_MOST_S = 0.1
 _CHANNEL_OPTIONS = [
     # With a pool of its own, a new channel tries at once instead of sharing another's back-off.
     ("grpc.use_local_subchannel_pool", 1),
