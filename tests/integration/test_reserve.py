@@ -4,9 +4,7 @@ The full disk is a real one: a small tmpfs, mounted by the test.
 """
 
 import asyncio
-import os
 import sqlite3
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -26,6 +24,7 @@ from control.store.health import StoreHealth
 from control.store.records import RecordStore
 from control.store.reserve import Reserve, open_store, reserve_for
 from control.store.sinks import SinkPositions
+from tests.harness.disk import fill, small_disk
 from tests.harness.records import call_record
 
 pytestmark = pytest.mark.integration
@@ -39,20 +38,8 @@ SLOW_AFTER_S = 0.2
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own, which can be filled."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a tmpfs")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
 
 
 @pytest.fixture(autouse=True)
@@ -115,15 +102,6 @@ async def running(store: Path, cdr_path: Path, reserve_bytes: int = RESERVE_BYTE
         yield node
     finally:
         await node.close()
-
-
-def fill(disk: Path, leave: int = 0) -> Path:
-    """Take all the room that there is."""
-    filler = disk / "filler"
-    volume = os.statvfs(disk)
-    with filler.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, volume.f_bavail * volume.f_frsize - leave)
-    return filler
 
 
 def allocated(path: Path) -> int:
