@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, SecretStr
 
@@ -16,6 +16,7 @@ from control.pbx.trunks import Network
 from control.settings.values import (
     AUTO,
     SIP_PORT,
+    SIPS_PORT,
     Advertised,
     EventType,
     GrpcTarget,
@@ -27,6 +28,7 @@ from control.settings.values import (
     Prefix,
     Prepended,
     ProductName,
+    ServerName,
     TransportName,
     TrustedNetwork,
     UserName,
@@ -83,13 +85,39 @@ class Advertising(Section):
             yield Fault(("advertise",), message)
 
 
+class TlsSettings(Section):
+    """The certificate chain and the private key, in PEM."""
+
+    certificate_path: Path
+    private_key_path: Path
+
+
+class ListenerTlsSettings(TlsSettings):
+    """What a listener for TLS shows; with `client_ca_path` who connects must show a certificate, too."""
+
+    client_ca_path: Path | None = None
+
+
+def _port_of(transport: Any) -> int:
+    return SIPS_PORT if transport is Transport.TLS else SIP_PORT
+
+
 class ListenerSettings(Advertising):
     """A socket for SIP. An IPv6 listener takes IPv6 alone."""
 
     name: Name
     transport: TransportName = Transport.UDP
-    port: Port = SIP_PORT
+    port: Port = Field(default_factory=lambda data: _port_of(data.get("transport")))
     advertise_port: Port | None = None
+    tls: ListenerTlsSettings | None = None
+
+    def contradictions(self) -> Iterator[Fault]:
+        """There is a certificate where one is shown, and only there."""
+        yield from super().contradictions()
+        if self.transport is Transport.TLS and self.tls is None:
+            yield Fault(("tls",), f"listener {self.name} needs a certificate; give certificate_path, private_key_path")
+        if self.transport is not Transport.TLS and self.tls is not None:
+            yield Fault(("tls",), f"is for transport tls alone, listener {self.name} has {self.transport.lower()}")
 
     @property
     def advertised_port(self) -> int:
@@ -112,6 +140,17 @@ class TimerSettings(Section):
             )
 
 
+class ConnectionSettings(Section):
+    """TCP and TLS connections of each listener."""
+
+    max_open: Annotated[int, Field(ge=1, le=100_000)] = 2048
+    max_per_source: Annotated[int, Field(ge=1, le=100_000)] = 256
+    idle_timeout_s: Annotated[float, Field(ge=1, le=604_800)] = 3900.0
+    message_timeout_s: Annotated[float, Field(ge=0.1, le=300)] = 10.0
+    connect_timeout_s: Annotated[float, Field(ge=0.1, le=60)] = 5.0
+    max_unsent_bytes: Annotated[int, Field(ge=65_536, le=16_777_216)] = 262_144
+
+
 class SipSettings(Section):
     """Signalling."""
 
@@ -120,6 +159,7 @@ class SipSettings(Section):
     ring_timeout_s: Annotated[float, Field(ge=1, le=600)] = 60.0
     max_call_duration_s: Annotated[float, Field(ge=1, le=604_800)] = 14_400.0
     timers: TimerSettings = TimerSettings()
+    connections: ConnectionSettings = ConnectionSettings()
 
     def contradictions(self) -> Iterator[Fault]:
         """Names are unique."""
@@ -182,6 +222,13 @@ class UserSettings(Section):
             yield Fault(("password",), "is empty; anybody could register")
 
 
+class TrunkTlsSettings(Section):
+    """What a peer's certificate must show: by default its numeric address, signed by who this host trusts."""
+
+    server_name: ServerName | None = None
+    ca_path: Path | None = None
+
+
 class TrunkSettings(Section):
     """A peer with a static address."""
 
@@ -190,6 +237,7 @@ class TrunkSettings(Section):
     transport: TransportName = Transport.UDP
     listener: Name | None = None
     trusted: tuple[TrustedNetwork, ...] = ()
+    tls: TrunkTlsSettings | None = None
 
     @property
     def trusted_networks(self) -> tuple[Network, ...]:
@@ -200,6 +248,8 @@ class TrunkSettings(Section):
         """A peer must be told apart from the rest of the world, and a trunk called like all users from them."""
         if self.name == USERS:
             yield Fault(("name",), f"{USERS!r} stands for all users in routes; choose another name")
+        if self.tls is not None and self.transport is not Transport.TLS:
+            yield Fault(("tls",), f"is for transport tls alone, trunk {self.name} has {self.transport.lower()}")
         for index, network in enumerate(self.trusted):
             if network.prefixlen == 0:
                 yield Fault(("trusted", index), f"{network} trusts everybody; name the peer's own networks")
@@ -340,13 +390,6 @@ class ApiKeySettings(Section):
             yield Fault(("key",), message)
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256.get_secret_value()):
             yield Fault(("sha256",), "must be 64 hexadecimal digits: the SHA-256 of the key")
-
-
-class TlsSettings(Section):
-    """The certificate chain and the private key, in PEM."""
-
-    certificate_path: Path
-    private_key_path: Path
 
 
 class HttpSettings(Section):

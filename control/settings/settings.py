@@ -193,7 +193,7 @@ class _Socket(NamedTuple):
         return overlap and (self.protocol, self.port) == (other.protocol, other.port)
 
 
-_PROTOCOLS = {Transport.UDP: "UDP"}
+_PROTOCOLS = {Transport.UDP: "UDP", Transport.TCP: "TCP", Transport.TLS: "TCP"}
 
 
 def _unknown(what: str, name: str, known: set[str]) -> str:

@@ -17,6 +17,7 @@ from sippbx.runtime.settings_reader import nearest_of
 
 AUTO = "auto"
 SIP_PORT = 5060
+SIPS_PORT = 5061
 
 
 def matching(pattern: str, what: str) -> AfterValidator:
@@ -96,6 +97,13 @@ Advertised = Annotated[str, AfterValidator(_advertisable)]
 HostPort = Annotated[Address, PlainValidator(_host_and_port), PlainSerializer(str)]
 TrustedNetwork = Annotated[Network, PlainValidator(network_of), PlainSerializer(str)]
 TransportName = Annotated[Transport, BeforeValidator(_upper)]
+ServerName = Annotated[
+    str,
+    matching(
+        r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*",
+        "a host name or an IPv4 address, as a certificate has it",
+    ),
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, matching(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", "a name: 1 to 63 letters, digits, '_', '.', '-'")]
 # RFC 3261 section 25.1, unreserved: nothing that a URI would have to escape or that could be taken for a parameter.
