@@ -313,6 +313,7 @@ class StoreSettings(Section):
     """Where this node keeps what must outlive its processes: call records, events, undelivered webhooks."""
 
     path: Path = Path("/var/lib/sippbx/sippbx.sqlite")
+    journal: bool = True
     reserve_bytes: Annotated[int, Field(ge=0, le=1_099_511_627_776)] | None = None
     slow_after_s: Annotated[float, Field(ge=0.05, le=60)] = 1.0
 
