@@ -176,7 +176,7 @@ class ControlPlane:
             new_token=_new_token,
             clock=asyncio.get_running_loop().time,
             utc_now=_utc_now,
-            journal=self._journal,
+            journal=self._journal if settings.store.journal else None,
             bindings=self._registrations,
         )
 
@@ -329,6 +329,8 @@ class ControlPlane:
         Raises: StoreError.
         """
         sessions: list[RestoredSession] = []
+        if not self._settings.store.journal:
+            return sessions
         here = _here()
         for entry in await self._journal.load():
             then = Instant(entry.saved_now, entry.boot_id, entry.saved_at)
