@@ -70,6 +70,8 @@ EXIT_ADDRESS = 3
 EXIT_FENCED = 4
 EXIT_STORE = 5
 
+# How long requests may wait in the sockets for the data plane to be reached: T1, when they would be repeated.
+MEDIA_PATIENCE_S = 0.5
 CALLS_END_S = 5.0
 API_STOP_S = 1.0
 
@@ -266,9 +268,12 @@ class ControlPlane:
         self._media.restore(await self._take_up_calls())
         self._media.start(self._b2bua.media_input)
         running.push_async_callback(self._media.stop)
+        self._b2bua.resume()
+        # What came while no process was there is not to be refused because this one has not reached the data plane yet.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._media.reached(), MEDIA_PATIENCE_S)
         for transport in self._transports.values():
             transport.start()
-        self._b2bua.resume()
         await self._serve_programs(running, records, events)
         self._starting = False
         # What stands now lives as long as the process: the collector need not look at it again.

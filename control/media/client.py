@@ -99,6 +99,7 @@ class MediaClient:
         self._capacity = node_pb2.Capacity()
         self._free_blocks = 0
         self._trouble: str | None = f"the data plane at {target} has not been reached yet"
+        self._reached = asyncio.Event()
 
     def restore(self, sessions: Sequence[RestoredSession]) -> None:
         """Take over the sessions of an earlier process of this control plane; to be called before `start`.
@@ -125,6 +126,10 @@ class MediaClient:
             self._alarm = None
         self._deliver(self._ledger.abandon("the control plane stops", self._loop.time()))
         self._take = None
+
+    async def reached(self) -> None:
+        """Wait until the data plane was acquired for the first time."""
+        await self._reached.wait()
 
     @property
     def trouble(self) -> str | None:
@@ -243,6 +248,7 @@ class MediaClient:
             sessions=len(held),
         )
         self._ledger.connected(held, same_instance=same_instance, now=self._loop.time())
+        self._reached.set()
         self._arm()
         return acquired.epoch
 

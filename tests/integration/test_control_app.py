@@ -159,6 +159,35 @@ async def test_sockets_that_were_handed_over_are_used(tmp_path: Path) -> None:
         assert app._listening_sockets(listeners, {"udp": handed}) == {"udp": handed}
 
 
+async def test_a_call_that_waited_in_a_socket_is_not_refused_for_want_of_a_data_plane_that_is_there(
+    tmp_path: Path, server: ScriptedMediaServer
+) -> None:
+    await server.start()
+    trunks = [{"name": "peer", "destination": f"{HOST}:22104"}]
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as peer:
+        peer.bind((HOST, 22_104))
+        peer.setblocking(False)
+        handed = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        handed.bind((HOST, SIP_PORT))
+        sdp = f"v=0\r\no=- 1 1 IN IP4 {HOST}\r\ns=-\r\nc=IN IP4 {HOST}\r\nt=0 0\r\nm=audio 9 RTP/AVP 0\r\n"
+        invite = (
+            f"INVITE sip:91@{HOST}:{SIP_PORT} SIP/2.0\r\nVia: SIP/2.0/UDP {HOST}:22104;branch=z9hG4bKx;rport\r\n"
+            f"From: <sip:me@{HOST}>;tag=1\r\nTo: <sip:91@{HOST}>\r\nCall-ID: x\r\nCSeq: 1 INVITE\r\n"
+            f"Contact: <sip:me@{HOST}:22104>\r\nMax-Forwards: 70\r\nContent-Type: application/sdp\r\n"
+            f"Content-Length: {len(sdp)}\r\n\r\n{sdp}"
+        )
+        peer.sendto(invite.encode(), (HOST, SIP_PORT))
+        routes = [{"prefix": "9", "trunk": "peer", "from": ["peer"]}]
+        values = settings(tmp_path, trunks=trunks, routes=routes)
+        async with app.ControlPlane.started(values, {"udp": handed}, Stop()):
+            loop = asyncio.get_running_loop()
+            heard = [await asyncio.wait_for(loop.sock_recv(peer, 65_535), 5) for _ in range(2)]
+    assert [message.split(b" ")[:2] for message in heard] == [
+        [b"SIP/2.0", b"100"],
+        [b"INVITE", b"sip:91@127.0.0.1:22104"],
+    ]
+
+
 async def test_a_socket_that_is_not_what_the_settings_say_is_refused(tmp_path: Path) -> None:
     handed = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     handed.bind((HOST, 22_102))
