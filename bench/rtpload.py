@@ -280,7 +280,10 @@ class _Generator:
                     return
 
     def _send_due(self) -> None:
-        ticks = int.from_bytes(os.read(self._timer, 8), sys.byteorder)
+        try:
+            ticks = int.from_bytes(os.read(self._timer, 8), sys.byteorder)
+        except BlockingIOError:
+            return  # `_drain` was called in between, and has read it
         self._late_slots += ticks - 1
         for _ in range(ticks):
             self._tick += 1
