@@ -130,7 +130,7 @@ class Journal:
 
 def _entry(row: sqlite3.Row | tuple[Any, ...]) -> JournalEntry:
     call_id, version, saved_at, saved_now, boot_id, record, data = row
-    snapshot, trouble = None, ""
+    snapshot, kept, trouble, at = None, None, "", datetime.now(UTC)
     if version > VERSION:
         trouble = f"it is of version {version}, this program knows {VERSION}"
     else:
@@ -138,8 +138,16 @@ def _entry(row: sqlite3.Row | tuple[Any, ...]) -> JournalEntry:
             snapshot = read_plain(data)
         except ValueError as error:
             trouble = f"it is no JSON: {error}"
-    kept = record_from_values(orjson.loads(record)) if record else None
-    return JournalEntry(CallId(call_id), datetime.fromisoformat(saved_at), saved_now, boot_id, kept, snapshot, trouble)
+    try:
+        at = datetime.fromisoformat(saved_at)
+    except ValueError as error:
+        trouble = trouble or f"when it was saved: {error}"
+    try:
+        kept = record_from_values(orjson.loads(record)) if record else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # A call that can be taken up makes its record itself.
+        trouble = trouble and f"{trouble}; nor can its record be read: {error!r}"
+    return JournalEntry(CallId(call_id), at, saved_now, boot_id, kept, snapshot, trouble)
 
 
 def _forgetting(call_id: CallId) -> Statement:
