@@ -18,6 +18,7 @@ import structlog
 
 from control.b2bua.authentication import Authentication
 from control.b2bua.factory import CallFactory, OriginatedParty, caller_record
+from control.b2bua.flows import listening_flow
 from control.b2bua.keeping import CallKeeper, JournalPort
 from control.b2bua.registration import BindingPort, Registration
 from control.b2bua.saved_calls import SavedCall, saved
@@ -25,7 +26,8 @@ from control.b2bua.transactions import TransactionOwners
 from control.metrics import ControlMetrics
 from control.pbx import termination
 from control.pbx.admission import Admission
-from control.pbx.call import Call, CloseMedia, Effect, OpenMedia, Publish, UpdateMedia
+from control.pbx.call import Call
+from control.pbx.effects import CloseMedia, Effect, OpenMedia, Publish, UpdateMedia
 from control.pbx.media import MediaFailure, MediaInput, MediaSpec, RestoredSession
 from control.pbx.records import (
     CallDirection,
@@ -43,7 +45,7 @@ from control.pbx.records import (
     Result,
     Termination,
 )
-from control.pbx.registrar import Registrar
+from control.pbx.registrar import Binding, Registrar
 from control.pbx.routing import Caller, Refusal, Router
 from control.pbx.trunks import Trunks
 from control.settings.settings import Settings
@@ -56,6 +58,7 @@ from control.sip.session import (
     ALLOW,
     SDP,
     SUPPORTED,
+    InviteSession,
     SendAck,
     SendCancel,
     SendRequest,
@@ -150,6 +153,7 @@ class B2bua:
             new_token=new_token,
             utc_now=utc_now,
             store=bindings,
+            moved=self._follow,
         )
         self._factory = CallFactory(settings, new_token=new_token)
         self._media = media
@@ -190,6 +194,22 @@ class B2bua:
         now = self._clock()
         with self._border():
             self._perform_stack(self._stack.receive(data, flow, now), now)
+        self._arm()
+
+    def flow_failed(self, flow: Flow) -> None:
+        """Takes it that the connection which a flow names is gone, or could not be had."""
+        now = self._clock()
+        trunk = self._trunks.of_source(flow.remote)
+        for call in list(self._calls.values()):
+            for session in call.legs.values():
+                if session.flow != flow or session.dialog is None:
+                    continue
+                if session.symmetric:
+                    self._redirect(call, session, listening_flow(flow, session.dialog.remote_target), now)
+                elif trunk is not None and trunk.flow.transport is flow.transport:
+                    self._redirect(call, session, trunk.flow, now)
+        with self._border():
+            self._perform_stack(self._stack.flow_failed(flow, now), now)
         self._arm()
 
     def media_input(self, event: MediaInput) -> None:
@@ -398,6 +418,22 @@ class B2bua:
             _log.exception("call.abandoned", call_id=call.call_id)
             self._media.close(call.call_id)
             self._forget(call)
+
+    # ---- connections that are lost ---------------------------------------------------------------------------------
+
+    def _redirect(self, call: Call, session: InviteSession, flow: Flow, now: float) -> None:
+        """Reaches the peer of a session along another flow from now on."""
+        if session.flow != flow:
+            session.flow = flow
+            self._perform(call, (), now)
+
+    def _follow(self, old: Binding, flow: Flow, now: float) -> None:
+        """Goes on with the calls of a phone where it has registered again: its former connection is gone or will be."""
+        places = {old.flow, listening_flow(old.flow, old.contact)}
+        for call in list(self._calls.values()):
+            for session in call.legs.values():
+                if session.symmetric and session.flow in places:
+                    self._redirect(call, session, flow, now)
 
     # ---- registration and authentication ---------------------------------------------------------------------------
 

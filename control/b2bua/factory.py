@@ -7,8 +7,9 @@ from datetime import datetime
 from typing import Final
 from urllib.parse import quote
 
-from control.pbx.call import Call, CallLimits, Invitation, Parties
+from control.pbx.call import Call, CallLimits
 from control.pbx.call_media import CallMedia, MediaAddress, sdp_number
+from control.pbx.parties import Invitation, Parties
 from control.pbx.records import CallDirection, CallId, LegName, LegRecord
 from control.pbx.routing import Caller, Route, Target
 from control.settings.settings import Settings
@@ -166,7 +167,11 @@ class CallFactory:
         return settings.display_name or None if settings is not None else None
 
     def _party(self, name: str, flow: Flow) -> LocalParty:
-        return LocalParty(NameAddr(self._uri(name, flow)), self._settings.sip.server_name)
+        contact = self._uri(name, flow)
+        if flow.transport.is_reliable:
+            # Without it the peer would send requests by UDP (RFC 3263 section 4.1).
+            contact = replace(contact, params=(("transport", flow.transport.lower()),))
+        return LocalParty(NameAddr(contact), self._settings.sip.server_name)
 
     def _uri(self, name: str, flow: Flow) -> Uri:
         """A name at our own address, as peers along `flow` see it: never at the other party's."""

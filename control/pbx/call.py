@@ -10,13 +10,13 @@ RFC 3725 section 4.3, save that the callee is asked what the caller can do inste
 Left out: several targets at once, redirects, transfer.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Final, assert_never
 
 from control.pbx import termination
 from control.pbx.call_media import CallMedia
+from control.pbx.effects import CloseMedia, Effect, OpenMedia, Publish, UpdateMedia
 from control.pbx.media import (
     MediaClosed,
     MediaFailed,
@@ -26,11 +26,10 @@ from control.pbx.media import (
     MediaLatched,
     MediaLost,
     MediaOpened,
-    MediaSpec,
     MediaUpdated,
 )
+from control.pbx.parties import Parties
 from control.pbx.records import (
-    CallDirection,
     CallEvent,
     CallEventKind,
     CallId,
@@ -45,13 +44,11 @@ from control.pbx.records import (
     Termination,
 )
 from control.sip.errors import RemoteProtocolError
-from control.sip.headers import NameAddr
 from control.sip.sdp import Direction, SessionDescription
 from control.sip.session import (
     Accepted,
     Answered,
     Cancelled,
-    Command,
     Ended,
     Established,
     InviteSession,
@@ -69,76 +66,12 @@ RELEASE_TIMEOUT_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class OpenMedia:
-    """Make the media session; MediaOpened or MediaFailed comes back."""
-
-    spec: MediaSpec
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateMedia:
-    """Change the media session; MediaUpdated or MediaFailed comes back."""
-
-    spec: MediaSpec
-
-
-@dataclass(frozen=True, slots=True)
-class CloseMedia:
-    """End the media session; MediaClosed comes back."""
-
-    session_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Publish:
-    """Tell the observers."""
-
-    event: CallEvent
-
-
-Effect = Command | OpenMedia | UpdateMedia | CloseMedia | Publish
-
-
-@dataclass(frozen=True, slots=True)
 class CallLimits:
     """How long a call may ring and last, in seconds, and what a refused caller is told to wait."""
 
     ring_timeout_s: float
     max_duration_s: float
     retry_after_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class Invitation:
-    """The INVITE to a leg that we call: its Request-URI, and its From and To without tags."""
-
-    request_uri: str
-    from_: NameAddr
-    to: NameAddr
-    max_forwards: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parties:
-    """Who is on a call: for the record, and as the legs that we call show them.
-
-    `caller_record` is what the caller's INVITE said of it, None for an originated call.
-    """
-
-    direction: CallDirection
-    caller: str
-    callee: str
-    invitations: Mapping[LegName, Invitation]
-    caller_record: LegRecord | None = None
-    caller_user: str | None = None
-    caller_trunk: str | None = None
-    callee_user: str | None = None
-    callee_trunk: str | None = None
-
-    @property
-    def originated(self) -> bool:
-        """The caller is called, too: the call was asked for over an API."""
-        return LegName.CALLER in self.invitations
 
 
 _SETTING_UP: Final = frozenset({CallState.RESERVING, CallState.CALLING, CallState.INVITING, CallState.RINGING})

@@ -35,6 +35,7 @@ class NatHandling(StrEnum):
 
     AUTO: to the port in its contact if the contact shows the host that registered, as nothing translates addresses on
     the way; otherwise to where the registration came from. SOURCE: always to where the registration came from.
+    A phone that registered over a connection is reached over it, whatever is set.
     """
 
     AUTO = "auto"
@@ -216,6 +217,8 @@ def _request_uri(contact: Uri) -> Uri:
 
 def _flow_to(binding: Binding, nat: NatHandling) -> Flow:
     contact, flow = binding.contact, binding.flow
+    if flow.transport.is_reliable:
+        return flow
     transport = contact.param("transport") or flow.transport
     if (
         nat is NatHandling.SOURCE

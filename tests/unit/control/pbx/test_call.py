@@ -8,18 +8,9 @@ from typing import TypeVar
 import pytest
 
 from control.pbx import termination
-from control.pbx.call import (
-    Call,
-    CallLimits,
-    CloseMedia,
-    Effect,
-    Invitation,
-    OpenMedia,
-    Parties,
-    Publish,
-    UpdateMedia,
-)
+from control.pbx.call import Call, CallLimits
 from control.pbx.call_media import CallMedia, MediaAddress
+from control.pbx.effects import CloseMedia, Effect, OpenMedia, Publish, UpdateMedia
 from control.pbx.media import (
     LatchPolicy,
     LocalPorts,
@@ -31,6 +22,7 @@ from control.pbx.media import (
     MediaOpened,
     MediaUpdated,
 )
+from control.pbx.parties import Invitation, Parties
 from control.pbx.records import CallDirection, CallEventKind, CallId, CallRecord, CallState, LegName, LegRecord
 from control.sip.address import Address
 from control.sip.headers import NameAddr
