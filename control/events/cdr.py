@@ -20,90 +20,16 @@
     media_interruptions, media_gap_s
                   how often, and for how long in all, the relay was interrupted because the data plane was lost
 
-The file is opened anew for each group of lines, so it may be renamed at any time to rotate it. A group that fails
-halfway is taken back and tried again. What has no room in the queue is counted and left out: the store has it.
+control.events.cdr_file writes the file.
 """
 
-import asyncio
-import contextlib
-import os
-from collections import deque
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import orjson
-import structlog
 
-from control.metrics import ControlMetrics
 from control.pbx.records import CallRecord
 
 CDR_VERSION = 1
-MAX_PENDING = 100_000
-
-_MAX_BATCH = 1_024
-_RETRY_FIRST_S = 0.1
-_RETRY_MOST_S = 5.0
-
-_log = structlog.get_logger(__name__)
-
-
-class CdrFile:
-    """Appends records to a file from a task of its own."""
-
-    def __init__(self, path: Path, *, metrics: ControlMetrics, max_pending: int = MAX_PENDING) -> None:
-        self._path = path
-        self._metrics = metrics
-        self._max_pending = max_pending
-        self._pending: deque[bytes] = deque()
-        self._wake = asyncio.Event()
-        self._closing = False
-        self._writer = asyncio.create_task(self._write(), name="cdr-file-writer")
-
-    def add(self, records: Sequence[CallRecord]) -> None:
-        """Queue lines for records that are durable."""
-        for record in records:
-            if len(self._pending) >= self._max_pending or self._writer.done():
-                self._metrics.cdr_failed("jsonl")
-                continue
-            self._pending.append(cdr_line(record))
-        self._wake.set()
-
-    async def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is queued, for at most `timeout_s`."""
-        self._closing = True
-        self._wake.set()
-        done, _ = await asyncio.wait({self._writer}, timeout=timeout_s)
-        if not done:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
-        if self._pending:
-            self._metrics.cdr_failed("jsonl", len(self._pending))
-            _log.error("cdr.lines_unwritten", path=str(self._path), lines=len(self._pending))
-
-    async def _write(self) -> None:
-        retry_s = _RETRY_FIRST_S
-        while True:
-            if not self._pending:
-                if self._closing:
-                    return
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            lines = [self._pending[index] for index in range(min(len(self._pending), _MAX_BATCH))]
-            try:
-                await asyncio.to_thread(_append, self._path, b"".join(lines))
-            except OSError as error:
-                self._metrics.error("events", "cdr_write_failed")
-                _log.error("cdr.write_failed", path=str(self._path), error=str(error), pending=len(self._pending))
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, _RETRY_MOST_S)
-                continue
-            retry_s = _RETRY_FIRST_S
-            for _ in lines:
-                self._pending.popleft()
-            self._metrics.cdrs_written("jsonl", len(lines))
 
 
 class JsonLines:
@@ -152,26 +78,3 @@ def cdr_document(record: CallRecord) -> dict[str, object]:
         "media_interruptions": record.media_interruptions,
         "media_gap_s": round(record.media_gap_s, 6),
     }
-
-
-def _append(path: Path, data: bytes) -> None:
-    """Append all or nothing.
-
-    Raises: OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            # A process died in the middle of a line; the next one must not be glued to it.
-            data = b"\n" + data
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(descriptor, view) :]
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)
