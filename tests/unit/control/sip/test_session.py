@@ -1,7 +1,8 @@
 """InviteSession: one leg in both roles, without a stack."""
 
+from inspect import signature
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 
@@ -29,6 +30,7 @@ from control.sip.session import (
     SendResponse,
     SessionState,
 )
+from control.sip.snapshot import restore, save
 from control.sip.stack import (
     AckReceived,
     CancelReceived,
@@ -48,6 +50,54 @@ T1 = 0.5
 Kind = TypeVar("Kind")
 
 
+# A power of two, so that moments come back as they were.
+REBIRTH_S = -64.0
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["living", "reborn"])
+def reborn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs twice: with one session from beginning to end, and with one that dies after each step and is made
+    again out of what was saved of it, in a process with another monotonic clock."""
+    monkeypatch.setattr(Reborn, "enabled", request.param)
+
+
+class Reborn:
+    """A session in a process that never lives longer than one step; its clock is `_ahead_s` ahead of the test's."""
+
+    enabled = False
+
+    def __init__(self, session: InviteSession) -> None:
+        self._session = session
+        self._ahead_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._session, name)
+        if not callable(found):
+            return found
+
+        def step(*arguments: Any) -> Any:
+            if list(signature(found).parameters)[-1:] == ["now"]:
+                arguments = (*arguments[:-1], arguments[-1] + self._ahead_s)
+            outcome = found(*arguments)
+            if name == "next_deadline":
+                return None if outcome is None else outcome - self._ahead_s
+            self._session = restore(
+                InviteSession,
+                save(self._session),
+                offset_s=REBIRTH_S,
+                callables={"new_token": self._session.new_token, "random": self._session.random},
+            )
+            self._ahead_s += REBIRTH_S
+            return outcome
+
+        return step
+
+
+def lived(session: InviteSession) -> InviteSession:
+    """The session as this run of the test has it."""
+    return cast("InviteSession", Reborn(session)) if Reborn.enabled else session
+
+
 def only(outputs: list[Output], kind: type[Kind]) -> Kind:
     """The one output of this kind."""
     found = [output for output in outputs if isinstance(output, kind)]
@@ -63,13 +113,15 @@ def caller_session(*, headers: tuple[tuple[str, str], ...] = (), body: bytes = s
     """A session that an INVITE has just opened."""
     tokens = count(1)
     event = RequestReceived(INVITE_ID, request_of(request_bytes(headers=headers, body=body)), flow())
-    return InviteSession.of_caller(
-        event,
-        symmetric=False,
-        party=PARTY,
-        timers=Timers(),
-        new_token=lambda: f"t{next(tokens)}",
-        random=lambda: 0.5,
+    return lived(
+        InviteSession.of_caller(
+            event,
+            symmetric=False,
+            party=PARTY,
+            timers=Timers(),
+            new_token=lambda: f"t{next(tokens)}",
+            random=lambda: 0.5,
+        )
     )
 
 
@@ -91,7 +143,7 @@ def callee_session(*, offer: bytes = sdp(port=11000)) -> tuple[InviteSession, Se
         sdp=offer,
         max_forwards=69,
     )
-    return session, only(outputs, SendRequest)
+    return lived(session), only(outputs, SendRequest)
 
 
 def answer(
@@ -198,7 +250,7 @@ class TestCallersLeg:
         ringing = only(session.progress(183, "Session Progress", sdp(), 0.0), SendResponse).response
         assert (ringing.headers.get("Require"), ringing.headers.get("RSeq")) == ("100rel", "1")
         assert session.accept(sdp(), 0.1) == []
-        assert only(session.handle_timer(T1), SendResponse).response is ringing
+        assert only(session.handle_timer(T1), SendResponse).response == ringing
         prack = in_dialog(session, "PRACK", 2, headers=(("RAck", "1 1 INVITE"),))
         outputs = session.receive(prack, 0.7)
         answers = [o.response for o in outputs if isinstance(o, SendResponse)]
