@@ -11,7 +11,7 @@ Exit codes:
     0   stopped as asked
     1   an internal error; the log has it
     2   the settings or the command line are refused; standard error has every fault
-    3   an address or a port cannot be bound; the message names it
+    3   an address or a port cannot be bound, or a certificate not be used; the message names it
     4   fenced: another control plane has acquired the data plane or the store; nothing was ended, and with --supervise
         it is not restarted
     5   the store of call records cannot be opened
@@ -25,11 +25,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from control.app import EXIT_ADDRESS, EXIT_CONFIGURATION, EXIT_FENCED, run
+from control.app import EXIT_ADDRESS, EXIT_CONFIGURATION, EXIT_FENCED, bind, listener_of, run
 from control.settings.settings import Settings, load
 from sippbx.runtime.logging import configure_logging
 from sippbx.runtime.settings_reader import SettingsError
-from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp, exec_supervised, receive
+from sippbx.runtime.sockets import SocketError, exec_supervised, receive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _supervise(settings: Settings, config: Path | None) -> None:
     """Become the supervisor; return only by raising."""
-    sockets = [
-        (listener.name, bind_udp(UdpListener(listener.bind, listener.port))) for listener in settings.sip.listeners
-    ]
+    sockets = [(listener.name, bind(listener_of(listener))) for listener in settings.sip.listeners]
     command = [sys.executable, "-m", "control", *(("--config", str(config)) if config else ())]
     # Whoever has what this one had would lose it again to a restart.
     exec_supervised("control", sockets, command, options=["--final", str(EXIT_FENCED)])

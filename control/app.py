@@ -12,9 +12,7 @@ import gc
 import secrets
 import socket
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,12 +39,12 @@ from control.metrics import ControlMetrics, product_version
 from control.pbx.admission import Admission
 from control.pbx.media import RestoredSession
 from control.pbx.records import CallEvent, CallEventKind, CallRecord, ErrorEvent, Event
-from control.pbx.registrar import Registrar
+from control.pbx.registrar import Binding, Registrar
 from control.pbx.routing import Router
 from control.pbx.trunks import Trunks
 from control.settings.sections import CdrSettings, ListenerSettings
 from control.settings.settings import Settings
-from control.sip.address import Address, Flow
+from control.sip.address import Address, Flow, Transport
 from control.sip.digest import DigestAuthenticator
 from control.sip.snapshot import SnapshotError
 from control.sip.stack import SipStack
@@ -59,10 +57,11 @@ from control.store.records import RecordStore
 from control.store.registrations import RegistrationStore
 from control.store.reserve import Reserve, open_store, reserve_for
 from control.store.sinks import SinkPositions
-from control.transport.udp import UdpTransport
+from control.transport.tls import TlsError
+from control.transport.transports import Transports
 from sippbx.runtime.lifecycle import Stop, count_tasks, sample_loop_lag
 from sippbx.runtime.probes import ProbeError, ProbeServer
-from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp
+from sippbx.runtime.sockets import SocketError, TcpListener, UdpListener, bind_tcp, bind_udp
 
 EXIT_CLEAN = 0
 EXIT_CONFIGURATION = 2
@@ -90,13 +89,13 @@ async def run(settings: Settings, inherited: Mapping[str, socket.socket]) -> int
     `inherited` are bound SIP sockets by listener name; listeners that have none are bound here.
     """
     settings = with_advertised_addresses(settings)
-    stop = Stop()
+    stop, hangup = Stop(), asyncio.Event()
     try:
-        with stop.on_signals(hangup=_ignore_hangup):
-            async with ControlPlane.started(settings, inherited, stop) as plane:
+        with stop.on_signals(hangup=hangup.set):
+            async with ControlPlane.started(settings, inherited, stop, hangup) as plane:
                 await stop.draining.wait()
                 return await plane.finish()
-    except (SocketError, ProbeError, ApiBindError) as error:
+    except (SocketError, TlsError, ProbeError, ApiBindError) as error:
         _log.error("process.start_failed", error=str(error))
         return EXIT_ADDRESS
     except StoreError as error:
@@ -120,7 +119,6 @@ class ControlPlane:
         self._fenced = False
         self._starting = True
         self._started_at = _utc_now()
-        self._transports: dict[str, UdpTransport] = {}
         self._listeners = {listener.name: listener for listener in settings.sip.listeners}
         self.metrics = metrics
         self._database = database
@@ -163,7 +161,7 @@ class ControlPlane:
             settings=settings,
             stack=self._stack,
             registrar=self._registrar,
-            router=Router(users=users, bindings_of=self._registrar.lookup, trunks=trunks, rules=settings.route_rules()),
+            router=Router(users=users, bindings_of=self._reachable, trunks=trunks, rules=settings.route_rules()),
             trunks=trunks,
             admission=self._admission,
             authenticator=DigestAuthenticator(
@@ -185,11 +183,17 @@ class ControlPlane:
     @classmethod
     @contextlib.asynccontextmanager
     async def started(
-        cls, settings: Settings, inherited: Mapping[str, socket.socket], stop: Stop
+        cls,
+        settings: Settings,
+        inherited: Mapping[str, socket.socket],
+        stop: Stop,
+        hangup: asyncio.Event | None = None,
     ) -> AsyncIterator["ControlPlane"]:
         """Start everything; whatever has been started is stopped again on the way out, in reverse order.
 
-        Raises: SocketError, ProbeError, ApiBindError, StoreError.
+        Setting `hangup` has the certificates read again.
+
+        Raises: SocketError, TlsError, ProbeError, ApiBindError, StoreError.
         """
         async with contextlib.AsyncExitStack() as running:
             metrics, store = ControlMetrics(), settings.store
@@ -204,7 +208,7 @@ class ControlPlane:
             health = StoreHealth(database, slow_after_s=store.slow_after_s, clock=time.monotonic)
             plane = cls(settings, stop, metrics, database, lambda: reserve.trouble or health.trouble)
             database.when_fenced(plane._lose_ownership)
-            await plane._start(running, inherited)
+            await plane._start(running, inherited, hangup or asyncio.Event())
             yield plane
 
     async def finish(self) -> int:
@@ -240,18 +244,29 @@ class ControlPlane:
     def _call_count(self) -> int:
         return sum(self._b2bua.active_calls().values())
 
-    async def _start(self, running: contextlib.AsyncExitStack, inherited: Mapping[str, socket.socket]) -> None:
+    async def _start(
+        self, running: contextlib.AsyncExitStack, inherited: Mapping[str, socket.socket], hangup: asyncio.Event
+    ) -> None:
         settings = self._settings
         sockets = _listening_sockets(settings.sip.listeners, inherited)
-        for name, sock in sockets.items():
-            transport = UdpTransport(sock, listener=name, receive=self._b2bua.receive)
-            self._transports[name] = transport
-            running.callback(transport.close)
+        for sock in sockets.values():
+            running.callback(sock.close)
+        self._transports = transports = Transports(
+            settings.sip.listeners,
+            sockets,
+            receive=self._b2bua.receive,
+            failed=self._b2bua.flow_failed,
+            limits=settings.sip.connections,
+            peers=settings.tls_peers(),
+            hangup=hangup,
+            unusable=lambda: self.metrics.error("sip", "certificate"),
+        )
+        running.push_async_callback(transports.close)
         self.metrics.bind(
             active_calls=self._b2bua.active_calls,
             registrations=self._registrar.__len__,
             transactions=self._stack.counts,
-            sockets=self._socket_counters,
+            sockets=transports.counters,
             ready=lambda: not self.unready(),
             draining=lambda: self._admission.draining,
         )
@@ -272,14 +287,13 @@ class ControlPlane:
         # What came while no process was there is not to be refused because this one has not reached the data plane yet.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._media.reached(), MEDIA_PATIENCE_S)
-        for transport in self._transports.values():
-            transport.start()
+        transports.start()
         await self._serve_programs(running, records, events)
         self._starting = False
         # What stands now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        _log.info("process.started", listeners=[str(transport.local) for transport in self._transports.values()])
+        _log.info("process.started", listeners=transports.addresses())
 
     async def _serve_programs(
         self, running: contextlib.AsyncExitStack, records: RecordStore, events: EventStore
@@ -442,14 +456,11 @@ class ControlPlane:
         return Address(listener.advertise, listener.advertised_port)
 
     def _transmit(self, data: bytes, flow: Flow) -> None:
-        self._transports[flow.listener].send(data, flow)
+        self._transports.send(data, flow)
 
-    def _socket_counters(self) -> Mapping[str, int]:
-        total: Counter[str] = Counter()
-        for transport in self._transports.values():
-            total.update(asdict(transport.counters))
-            total["kernel_dropped"] += transport.kernel_drops()
-        return total
+    def _reachable(self, user: str, now: float) -> list[Binding]:
+        """Where a user can be called now: not where the connection is gone by which the phone registered."""
+        return [binding for binding in self._registrar.lookup(user, now) if self._transports.is_reachable(binding.flow)]
 
 
 def with_advertised_addresses(settings: Settings) -> Settings:
@@ -492,6 +503,25 @@ def _outgoing_address(version: int) -> str | None:
         return str(sock.getsockname()[0])
 
 
+def listener_of(settings: ListenerSettings) -> UdpListener | TcpListener:
+    """The socket that a listener of the settings needs."""
+    kind = UdpListener if settings.transport is Transport.UDP else TcpListener
+    return kind(settings.bind, settings.port)
+
+
+def bind(listener: UdpListener | TcpListener) -> socket.socket:
+    """Bind it.
+
+    Raises: SocketError.
+    """
+    return bind_udp(listener) if isinstance(listener, UdpListener) else bind_tcp(listener)
+
+
+def _bound_to(sock: socket.socket) -> UdpListener | TcpListener:
+    kind = UdpListener if sock.type == socket.SOCK_DGRAM else TcpListener
+    return kind(*sock.getsockname()[:2])
+
+
 def _listening_sockets(
     listeners: Sequence[ListenerSettings], inherited: Mapping[str, socket.socket]
 ) -> dict[str, socket.socket]:
@@ -504,14 +534,14 @@ def _listening_sockets(
         _log.warning("transport.socket_unused", listener=name)
     sockets: dict[str, socket.socket] = {}
     for listener in listeners:
-        wanted = UdpListener(listener.bind, listener.port)
+        wanted = listener_of(listener)
         if listener.name in inherited:
             sock = inherited[listener.name]
-            if (bound := UdpListener(*sock.getsockname()[:2])) != wanted:
+            if (bound := _bound_to(sock)) != wanted:
                 raise SocketError(f"the socket handed over as {listener.name!r} is {bound}, the settings say {wanted}")
             sockets[listener.name] = sock
         else:
-            sockets[listener.name] = bind_udp(wanted)
+            sockets[listener.name] = bind(wanted)
     return sockets
 
 
@@ -537,7 +567,3 @@ def _new_token() -> str:
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-def _ignore_hangup() -> None:
-    _log.info("process.hangup_ignored", advice="settings are read at the start only")

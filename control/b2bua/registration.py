@@ -10,7 +10,7 @@ import structlog
 from control.b2bua.authentication import Authentication
 from control.metrics import ControlMetrics
 from control.pbx.records import Event, RegistrationEvent, RegistrationEventKind, RegistrationView, UnregisterCause
-from control.pbx.registrar import Binding, Registrar
+from control.pbx.registrar import Binding, Registrar, same_contact
 from control.sip.address import Flow
 from control.sip.digest import DenialReason, Denied
 from control.sip.errors import RemoteProtocolError
@@ -49,7 +49,11 @@ def restored_bindings(plain: Plain, *, offset_s: float) -> tuple[Binding, ...]:
 
 
 class Registration:
-    """Registers phones, and tells of those that come and go."""
+    """Registers phones, and tells of those that come and go.
+
+    `moved` is told of a phone that had registered over one connection and does so over another: its former binding, the
+    new flow, and the time.
+    """
 
     def __init__(
         self,
@@ -61,6 +65,7 @@ class Registration:
         new_token: Callable[[], str],
         utc_now: Callable[[], datetime],
         store: BindingPort | None,
+        moved: Callable[[Binding, Flow, float], None],
     ) -> None:
         self._registrar = registrar
         self._authentication = authentication
@@ -69,6 +74,7 @@ class Registration:
         self._new_token = new_token
         self._utc_now = utc_now
         self._store = store
+        self._moved = moved
 
     def answer(self, request: Request, flow: Flow, now: float) -> Response:
         """Carries out a REGISTER, or challenges or refuses it.
@@ -82,6 +88,7 @@ class Registration:
         if isinstance(verdict, Denied):
             self._metrics.registration("challenged" if verdict.reason is DenialReason.MISSING else "denied")
             return self._authentication.answer(request, verdict, flow.remote, now, status=401)
+        before = self._registrar.lookup(verdict.username, now)
         result = self._registrar.receive(request, flow, verdict.username, now)
         response, status = result.response, result.response.status
         self._metrics.registration("ok" if status == 200 else "rejected")
@@ -93,6 +100,10 @@ class Registration:
             self._tell(RegistrationEventKind.UNREGISTERED, binding, now, UnregisterCause.REMOVED)
         if result.added or result.refreshed or result.removed:
             self._save(verdict.username, now)
+        for binding in (*result.added, *result.refreshed):
+            for old in before:
+                if old.flow.transport.is_reliable and old.flow != binding.flow and _is_same_phone(old, binding):
+                    self._moved(old, binding.flow, now)
         if status != 200:
             _log.warning("registration.refused", user=verdict.username, sip_status=status, source=str(flow.remote))
         response.headers.set("To", str(response.to.with_tag(response.to.tag or self._new_token())))
@@ -135,3 +146,8 @@ class Registration:
             user_agent=binding.user_agent,
             expires_at=self._utc_now() + timedelta(seconds=binding.expires_at - now),
         )
+
+
+def _is_same_phone(one: Binding, other: Binding) -> bool:
+    """Whether two bindings are of one device, which a new connection may have given another contact (RFC 5626)."""
+    return same_contact(one.contact, other.contact) or (one.instance is not None and one.instance == other.instance)

@@ -29,12 +29,13 @@ from control.settings.sections import (
     SipSettings,
     StoreSettings,
     TrunkSettings,
+    TrunkTlsSettings,
     UserSettings,
     WebhookSettings,
     duplicates,
 )
 from control.settings.values import NodeName, Realm
-from control.sip.address import Flow, Transport
+from control.sip.address import Address, Flow, Transport
 from sippbx.runtime.settings_models import LogSettings, Section
 from sippbx.runtime.settings_reader import Fault, Location, SettingsError, nearest_of, path_of, read
 
@@ -89,6 +90,11 @@ class Settings(Section):
             for trunk, listener in listeners
             if listener is not None
         )
+
+    def tls_peers(self) -> dict[Address, TrunkTlsSettings]:
+        """What the trunks that are reached by TLS must show, by their addresses."""
+        reached = [trunk for trunk in self.trunks if trunk.transport is Transport.TLS]
+        return {trunk.destination: trunk.tls or TrunkTlsSettings() for trunk in reached}
 
     def route_rules(self) -> tuple[RouteRule, ...]:
         """The routes as call logic knows them."""

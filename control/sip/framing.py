@@ -56,12 +56,14 @@ class Framer:
     def next(self) -> bytes | KeepAlive | None:
         """The next message or ping; None until more was fed, or for ever when the stream is broken."""
         buffer = self._buffer
-        while buffer[:2] == _BREAK:
-            if buffer[2:4] == _BREAK:
+        while buffer[:1] == b"\r":
+            if buffer[:4] == _PING:
                 del buffer[:4]
                 return KeepAlive.PING
             if _PING.startswith(buffer):
-                return None  # perhaps half a ping
+                return None  # perhaps the begin of a ping
+            if buffer[:2] != _BREAK:
+                break
             del buffer[:2]  # a pong, or what section 7.5 tolerates before a start line
         if not buffer:
             return None
