@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("calls_with_media", "signalling")
+BENCHMARKS = ("calls_with_media", "signalling", "journal")
 
 
 def main() -> int:
