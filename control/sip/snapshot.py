@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from enum import Enum
-from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from control.sip.message import Headers, Request, Response
 
@@ -142,12 +142,17 @@ def _fields(kind: Any) -> tuple[_Dump, _Load]:
     # Looked up when they are first needed: a class may hold itself.
     kept = [(field, hints[field.name]) for field in dataclasses.fields(kind) if field.name not in callables]
 
+    steps: list[_Step] = []
+
     def dump(value: Any) -> Any:
+        if not steps:
+            steps.extend(_Step.of(field, _codec(hint)[0]) for field, hint in kept)
         plain = {}
-        for field, hint in kept:
-            item = getattr(value, field.name)
-            if not _is_default(field, item):
-                plain[field.name] = _codec(hint)[0](item)
+        for name, default, by_value, empty, dump_item in steps:
+            item = getattr(value, name)
+            if item is default or (by_value and item == default) or (not item and item == empty):
+                continue
+            plain[name] = item if dump_item is _same else dump_item(item)
         return plain
 
     def load(plain: Any, around: _Surroundings) -> Any:
@@ -163,10 +168,20 @@ def _fields(kind: Any) -> tuple[_Dump, _Load]:
 _CALLABLE: Final = get_origin(Callable[[], None])
 
 
-def _is_default(field: "dataclasses.Field[Any]", item: Any) -> bool:
-    if field.default is not dataclasses.MISSING:
-        return item is field.default or (type(item) in _SCALARS | {bytes} and bool(item == field.default))
-    return field.default_factory is not dataclasses.MISSING and not item and item == field.default_factory()
+class _Step(NamedTuple):
+    """How a field is written: left out when it is `default`, equal to it if `by_value`, or as empty as `empty`."""
+
+    name: str
+    default: Any
+    by_value: bool
+    empty: Any
+    dump: _Dump
+
+    @staticmethod
+    def of(field: "dataclasses.Field[Any]", dump: _Dump) -> "_Step":
+        factory = field.default_factory
+        empty = dataclasses.MISSING if factory is dataclasses.MISSING else factory()
+        return _Step(field.name, field.default, type(field.default) in _SCALARS | {bytes}, empty, dump)
 
 
 def _union(arguments: tuple[Any, ...]) -> tuple[_Dump, _Load]:
