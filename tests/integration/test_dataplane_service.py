@@ -618,6 +618,42 @@ async def test_a_killed_data_plane_leaves_ports_and_socket_to_the_next(plane: Pl
     assert (await commands.create(spec(), FIRST_PORT)).session.first_port == FIRST_PORT
 
 
+async def test_a_session_counts_on_over_a_restart_and_metrics_count_each_packet_once(plane: Plane) -> None:
+    kept = plane.socket.parent / "media-statistics.jsonl"
+    received = ("sip_pbx_rtp_packets_total", (("direction", "rx"), ("kind", "rtp"), ("leg", "caller")))
+
+    async def counted() -> float:
+        async with asyncio.timeout(WAIT_S):
+            while (metrics := await plane.metrics())[received] == 0:
+                await asyncio.sleep(0.1)
+        return metrics[received]
+
+    with bound() as caller, bound() as callee:
+        wanted = spec(caller=caller.getsockname()[1], callee=callee.getsockname()[1])
+        await Commands(plane, await plane.acquire()).create(wanted)
+        for sequence in range(3):
+            caller.sendto(rtp(sequence), ("127.0.0.1", FIRST_PORT))
+            await receive(callee)
+        assert await counted() == 3
+        async with asyncio.timeout(WAIT_S):
+            while not kept.exists() or b'[["caller",0,3,' not in kept.read_bytes():
+                await asyncio.sleep(0.1)
+        assert plane.process is not None
+        plane.process.kill()
+        await plane.process.wait()
+        await plane.channel.close()
+        await plane.start()
+        commands = Commands(plane, await plane.acquire())
+        created = await commands.create(wanted)
+        caller.sendto(rtp(3), ("127.0.0.1", created.session.first_port))
+        await receive(callee)
+        assert await counted() == 1
+        deleted = await commands.delete("s")
+        await asyncio.sleep(1.5)
+        assert await counted() == 1
+    assert [statistics.packets for statistics in deleted.session.statistics] == [4, 0]
+
+
 async def test_settings_that_cannot_work_are_refused_by_the_name_of_their_key(tmp_path: Path) -> None:
     plane = Plane(tmp_path, media={"block_size": 6})
     await plane.spawn(SIPPBX_DATAPLANE_MEDIA__RST_S="1")
