@@ -286,7 +286,7 @@ class ControlMetrics:
                     self._responses.labels(method, f"{code_class}xx", way)
         for discard in DiscardReason:
             self._discarded.labels(discard.value)
-        for backend in ("sqlite", "jsonl"):
+        for backend in ("sqlite", "jsonl", "csv"):
             self._cdrs_written.labels(backend)
             self._cdr_failures.labels(backend)
         for outcome in ("ok", "lost"):

@@ -26,6 +26,8 @@ from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp
 USERS = ("1001", "1002")
 REALM = "sippbx"
 READY_TIMEOUT_S = 30.0
+# Enough for the few calls of two phones, in a folder that nobody expects to be large.
+RESERVE_BYTES = 4 * 1024 * 1024
 DRAIN_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = DRAIN_TIMEOUT_S + 10.0
 PROBE_TIMEOUT_S = 2.0
@@ -115,7 +117,7 @@ class PairDescription:
             "sip": {"listeners": [{"name": "udp", "bind": self.address, "port": self.sip_port}]},
             "users": [{"name": user, "password": password} for user, password in self.passwords.items()],
             "media": {"target": f"unix://{self.folder}/media.sock", "addresses": [{"bind": self.address}]},
-            "store": {"path": str(self.folder / "sippbx.sqlite")},
+            "store": {"path": str(self.folder / "sippbx.sqlite"), "reserve_bytes": RESERVE_BYTES},
             "cdr": {"jsonl_path": str(self.folder / "cdr.jsonl")},
             "api": {
                 "keys": [{"name": "local", "key": self.api_key}],

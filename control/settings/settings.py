@@ -121,8 +121,9 @@ class Settings(Section):
         yield from duplicates("users", [user.name for user in self.users], "name")
         yield from duplicates("trunks", [trunk.name for trunk in self.trunks], "name")
         yield from duplicates("webhooks", [webhook.name for webhook in self.webhooks], "name")
-        if self.store.path == self.cdr.jsonl_path:
-            yield Fault(("cdr", "jsonl_path"), f"{self.store.path} is store.path, too; give each a file of its own")
+        for key, path in (("jsonl_path", self.cdr.jsonl_path), ("csv_path", self.cdr.csv_path)):
+            if path == self.store.path:
+                yield Fault(("cdr", key), f"{path} is store.path, too; give each a file of its own")
         yield from self._clashing_sockets()
         yield from self._unusable_trunks()
         yield from self._unusable_routes()

@@ -267,7 +267,7 @@ class Pair:
                 "lost_timeout_s": 1,
                 "command_timeout_s": 1,
             },
-            "store": {"path": str(self.store_path)},
+            "store": {"path": str(self.store_path), "reserve_bytes": 1_048_576},
             "cdr": {"jsonl_path": str(self.cdr_path)},
             "api": {
                 "keys": [{"name": "test", "key": self.api_key}],

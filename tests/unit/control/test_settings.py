@@ -229,6 +229,7 @@ def test_a_dump_can_be_read_again_but_for_its_secrets() -> None:
         ("routes: [{prefix: 9, trunk: a, strip: 2}]", "routes[0].strip: 2 is more than the prefix 9 has characters, 1"),
         ("routes: [{prefix: 9, user: a, strip: 1}]", "routes[0]: route 9 goes to a user"),
         ("{store: {path: /x}, cdr: {jsonl_path: /x}}", "cdr.jsonl_path: /x is store.path, too"),
+        ("{store: {path: /x}, cdr: {csv_path: /x}}", "cdr.csv_path: /x is store.path, too"),
         ("cdr: {jsonl_path: /x, csv_path: /x}", "cdr.csv_path: /x is jsonl_path, too"),
         ("cdr: {keep_files: 3}", "cdr.keep_files: deletes files that were rotated; set rotate_bytes or rotate_every"),
         ("media: {addresses: [{}, {bind: 127.0.0.1}]}", "media.addresses[1].bind: IPv4 is addresses[0], too"),
