@@ -136,6 +136,7 @@ class ControlPlane:
         self._media = MediaClient(
             target=settings.media.target,
             owner_id=settings.node_name,
+            incarnation=database.epoch,
             command_timeout_s=settings.media.command_timeout_s,
             lost_timeout_s=settings.media.lost_timeout_s,
             metrics=self.metrics,
