@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sippbx.runtime.sockets import SocketError, UdpListener, bind_udp, receive
+from sippbx.runtime.sockets import SocketError, TcpListener, UdpListener, bind_tcp, bind_udp, receive
 
 pytestmark = pytest.mark.integration
 
@@ -220,6 +220,62 @@ def test_datagrams_sent_while_there_is_no_child_reach_the_next_one(start: Start)
     eventually(lambda: psutil.Process(second).status() == psutil.STATUS_STOPPED)
     os.kill(second, signal.SIGCONT)
     eventually(lambda: supervised.lines("sip-1") == [["sip-1", "INVITE-1"], ["sip-1", "INVITE-2"]])
+
+
+EXEC_TCP = """
+import sys
+from sippbx.runtime.sockets import TcpListener, bind_tcp, exec_supervised
+exec_supervised("test", [("sip-tcp", bind_tcp(TcpListener("127.0.0.1", 24107)))], sys.argv[1:])
+"""
+ACCEPTING_CHILD = """
+import os, signal
+from sippbx.runtime.sockets import receive
+print("gate", os.getpid(), flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+(listening,) = receive().values()
+listening.setblocking(True)
+connection, _ = listening.accept()
+print("got", connection.recv(100).decode(), flush=True)
+signal.pause()
+"""
+
+
+def test_connections_made_while_there_is_no_child_are_accepted_by_the_next_one(start: Start) -> None:
+    supervised = start([sys.executable, "-c", ACCEPTING_CHILD], bootstrap=EXEC_TCP)
+    eventually(lambda: len(supervised.lines("gate")) == 1)
+    os.kill(int(supervised.lines("gate")[0][1]), signal.SIGKILL)
+    eventually(lambda: len(supervised.lines("gate")) == 2)
+    with socket.create_connection(("127.0.0.1", 24107), DEADLINE_S) as peer:
+        peer.send(b"INVITE-1")
+        second = int(supervised.lines("gate")[1][1])
+        eventually(lambda: psutil.Process(second).status() == psutil.STATUS_STOPPED)
+        os.kill(second, signal.SIGCONT)
+        eventually(lambda: supervised.lines("got") == [["got", "INVITE-1"]])
+
+
+def test_tcp_port_that_is_taken_is_named_and_one_with_lingering_connections_is_free() -> None:
+    listener = TcpListener("127.0.0.1", 24108)
+    with bind_tcp(listener) as listening:
+        with pytest.raises(SocketError, match=r"tcp://127\.0\.0\.1:24108: another process has it"):
+            bind_tcp(listener)
+        with socket.create_connection((listener.host, listener.port), DEADLINE_S):
+            listening.setblocking(True)
+            accepted, _ = listening.accept()
+            accepted.close()  # first to close: it lingers
+    bind_tcp(listener).close()
+
+
+def test_socket_that_neither_takes_datagrams_nor_connections_is_refused() -> None:
+    program = (
+        "import os, socket; from sippbx.runtime.sockets import *\n"
+        "idle = socket.socket()\n"
+        "place([('sip', idle)], os.environ)\n"
+        "idle.detach()\n"
+        "try: receive()\n"
+        "except SocketError as error: print(error)"
+    )
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "descriptor 3, named 'sip', is neither UDP nor a TCP socket that listens" in output
 
 
 def test_port_that_is_taken_is_named() -> None:

@@ -19,6 +19,8 @@ from sippbx.runtime.settings_reader import SettingsError
 
 EXAMPLE = Path(__file__).parents[3] / "deploy" / "config" / "control.yaml"
 CARRIER = "trunks: [{name: carrier, destination: 198.51.100.10}]\n"
+TLS = "{certificate_path: /c, private_key_path: /k}"
+SECURE = f"sip: {{listeners: [{{name: tls, transport: tls, tls: {TLS}}}]}}\n"
 BOTH_FAMILIES = "sip: {listeners: [{name: v4}, {name: v6, bind: '::'}]}\nmedia: {addresses: [{}, {bind: '::'}]}\n"
 
 
@@ -275,6 +277,35 @@ def test_a_dump_can_be_read_again_but_for_its_secrets() -> None:
             "sip: {listeners: [{name: a, bind: 127.0.0.1}, {name: b, bind: 127.0.0.1}]}",
             "sip.listeners[1].port: UDP port 5060 on 127.0.0.1 is taken",
         ),
+        (
+            "sip: {listeners: [{name: a, transport: tls}]}",
+            "sip.listeners[0].tls: listener a needs a certificate; give certificate_path",
+        ),
+        (
+            f"sip: {{listeners: [{{name: a, transport: tcp, tls: {TLS}}}]}}",
+            "sip.listeners[0].tls: is for transport tls alone, listener a has tcp",
+        ),
+        (
+            "trunks: [{name: a, destination: 192.0.2.1, tls: {}}]",
+            "trunks[0].tls: is for transport tls alone, trunk a has udp",
+        ),
+        (
+            f"{SECURE}trunks: [{{name: a, destination: 192.0.2.1, transport: tls, tls: {{server_name: a b}}}}]",
+            "trunks[0].tls.server_name: 'a b' is not a host name",
+        ),
+        (
+            "trunks: [{name: a, destination: 192.0.2.1, transport: tcp}]",
+            "trunks[0].destination: 192.0.2.1:5060 needs TCP over IPv4, but no listener is for that",
+        ),
+        (
+            f"sip: {{listeners: [{{name: a, transport: tcp}}, {{name: b, transport: tls, port: 5060, tls: {TLS}}}]}}",
+            "sip.listeners[1].port: TCP port 5060 on 0.0.0.0 is taken by sip.listeners[0].port",
+        ),
+        (
+            "sip: {listeners: [{name: a, transport: tcp, port: 9090}]}",
+            "metrics.port: TCP port 9090 on 0.0.0.0 is taken",
+        ),
+        ("sip: {connections: {max_open: 0}}", "sip.connections.max_open: 0 is too little"),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_path_of_its_key(file: Path, text: str, message: str) -> None:
@@ -300,6 +331,7 @@ def test_a_user_with_two_credentials_is_refused(file: Path) -> None:
         ),
         pytest.param("media: {target: '[::1]:50052'}", id="media over TCP"),
         pytest.param("cdr: {jsonl_path: null}", id="no JSON lines"),
+        pytest.param("sip: {listeners: [{name: a}, {name: b, transport: tcp}]}", id="TCP beside UDP"),
     ],
 )
 def test_what_looks_like_a_clash_and_is_none_is_accepted(file: Path, text: str) -> None:
@@ -322,6 +354,25 @@ def test_the_advertised_address_is_the_given_or_the_bound_one_or_must_be_detecte
     file: Path, text: str, host: str | None
 ) -> None:
     assert settings(file, f"sip: {{listeners: [{text}]}}").sip.listeners[0].advertised_host == host
+
+
+def test_tls_has_a_port_of_its_own_unless_given(file: Path) -> None:
+    listeners = f"[{{name: a, transport: tls, tls: {TLS}}}, {{name: b, transport: tcp}}, {{name: c, port: 5080}}]"
+    loaded = settings(file, f"sip: {{listeners: {listeners}}}")
+    assert [listener.port for listener in loaded.sip.listeners] == [5061, 5060, 5080]
+
+
+def test_trunks_over_tls_are_known_by_their_addresses_with_what_they_must_show(file: Path) -> None:
+    trunks = "[{name: a, destination: '192.0.2.1:5061', transport: tls, tls: {server_name: sip.a.example}}, "
+    trunks += "{name: b, destination: '192.0.2.2:5061', transport: tls}, {name: c, destination: 192.0.2.3}]"
+    loaded = settings(
+        file, f"sip: {{listeners: [{{name: u}}, {{name: t, transport: tls, tls: {TLS}}}]}}\ntrunks: {trunks}"
+    )
+    peers = loaded.tls_peers()
+    assert {str(address): tls.server_name for address, tls in peers.items()} == {
+        "192.0.2.1:5061": "sip.a.example", "192.0.2.2:5061": None,
+    }  # fmt: skip
+    assert [trunk.flow.listener for trunk in loaded.trunk_values()] == ["t", "t", "u"]
 
 
 def test_the_advertised_port_is_the_bound_one_unless_given(file: Path) -> None:

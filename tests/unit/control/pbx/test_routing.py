@@ -141,6 +141,14 @@ def test_the_contact_s_port_is_used_only_where_nothing_translates_addresses(
     assert sent_to(routed(router(bindings=(binding("1002", contact),), nat=nat), "sip:1002@pbx")) == expected
 
 
+@pytest.mark.parametrize("transport", [Transport.TCP, Transport.TLS])
+@pytest.mark.parametrize("contact", ["sip:1002@203.0.113.9:5070", "sip:1002@203.0.113.9:5070;transport=tcp"])
+def test_a_user_who_registered_over_a_connection_is_reached_over_it(contact: str, transport: Transport) -> None:
+    flow = Flow(transport, "stream", Address("203.0.113.9", 40_000))
+    bob = Binding("1002", Uri.parse(contact), flow, "call-id", 1, NOW + 600)
+    assert routed(router(bindings=(bob,)), "sip:1002@pbx").targets[0].flow == flow
+
+
 def test_ipv6_contacts_are_compared_with_their_source_by_value() -> None:
     bob = binding("1002", "sip:1002@[2001:DB8:0::5]:5070", Address("2001:db8::5", 6000))
     assert sent_to(routed(router(bindings=(bob,)), "sip:1002@pbx")) == Address("2001:db8::5", 5070)

@@ -1,11 +1,13 @@
 """The transaction machines, row by row, against RFC 3261 figures 5 to 8 and RFC 6026."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.sip.address import Transport
 from control.sip.transaction import (
     INVITE_CLIENT,
     INVITE_SERVER,
@@ -397,3 +399,43 @@ def test_any_order_of_events_reports_at_most_one_end_and_terminates_after_a_fina
 
 def test_the_machines_are_four() -> None:
     assert MACHINES == (INVITE_CLIENT, NON_INVITE_CLIENT, INVITE_SERVER, NON_INVITE_SERVER)
+
+
+def over_a_connection(machine: Machine, *events: Event) -> Transaction:
+    transaction = start(machine)
+    connected = replace(transaction.flow, transport=Transport.TCP)
+    if isinstance(transaction, ClientTransaction):
+        transaction = ClientTransaction(transaction.request, transaction.id, connected, TIMERS, START)
+    else:
+        transaction = ServerTransaction(None, transaction.id, connected, TIMERS, START)
+    for event in events:
+        transaction.receive(event, START)
+    return transaction
+
+
+@pytest.mark.rfc("3261", "17")
+@pytest.mark.parametrize(
+    ("machine", "events", "deadlines"),
+    [
+        (INVITE_CLIENT, [], [32.0]),
+        (INVITE_CLIENT, [Event.R3XX_6XX], []),
+        (INVITE_CLIENT, [Event.R2XX], [32.0]),
+        (NON_INVITE_CLIENT, [], [32.0]),
+        (NON_INVITE_CLIENT, [Event.R1XX], [32.0]),
+        (NON_INVITE_CLIENT, [Event.R2XX], []),
+        (INVITE_SERVER, [Event.R3XX_6XX], [32.0]),
+        (INVITE_SERVER, [Event.R3XX_6XX, Event.ACK], []),
+        (INVITE_SERVER, [Event.R2XX], [32.0]),
+        (NON_INVITE_SERVER, [Event.R2XX], []),
+    ],
+)
+def test_over_a_connection_nothing_is_repeated_and_no_repetition_is_waited_for(
+    machine: Machine, events: list[Event], deadlines: list[float]
+) -> None:
+    transaction = over_a_connection(machine, *events)
+    seen = []
+    while (deadline := transaction.next_deadline()) is not None:
+        seen.append(deadline - START)
+        assert Action.RESEND not in transaction.handle_timer(deadline)
+    assert seen == deadlines
+    assert transaction.state is State.TERMINATED

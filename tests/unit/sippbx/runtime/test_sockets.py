@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sippbx.runtime.sockets import SocketError, UdpListener, inherited_names, place, receive
+from sippbx.runtime.sockets import Listener, SocketError, TcpListener, UdpListener, inherited_names, place, receive
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,14 @@ from sippbx.runtime.sockets import SocketError, UdpListener, inherited_names, pl
 def test_listener_is_read_and_written_back(text: str, listener: UdpListener) -> None:
     assert UdpListener.parse(text) == listener
     assert UdpListener.parse(str(listener)) == listener
+
+
+def test_listeners_for_connections_are_told_apart_from_those_for_datagrams() -> None:
+    listener: Listener = TcpListener.parse("tcp://[::1]:5070")
+    assert str(listener) == "tcp://[::1]:5070"
+    assert listener != UdpListener("::1", 5070)
+    with pytest.raises(SocketError, match="write tcp://ADDRESS:PORT"):
+        TcpListener.parse("udp://[::1]:5070")
 
 
 @pytest.mark.parametrize(
