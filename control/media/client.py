@@ -283,6 +283,11 @@ class MediaClient:
             commands.cancel()
             events.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # An exception holds this frame, and the frame the task that has it: without these the circle would keep
+            # the connection open until the collector comes by.
+            tasks.clear()
+            done = set()
+            del task
         raise _ConnectionLostError("the data plane ended a stream")
 
     async def _send(

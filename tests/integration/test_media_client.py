@@ -1,6 +1,7 @@
 """control.media.client against a scripted data plane, over real gRPC."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -252,6 +253,31 @@ async def test_a_data_plane_that_hangs_is_left_and_taken_again(server: ScriptedM
     phone.client.open(media_spec("s2"))
     assert isinstance(await phone.answer(), MediaOpened)
     await phone.client.stop()
+
+
+async def test_connection_to_a_data_plane_that_hung_is_given_up_at_once(server: ScriptedMediaServer) -> None:
+    phone = Phone(server.target, command_timeout_s=0.2)
+    await phone.connected()
+    await until(lambda: len(server.watch_requests) == 1)
+    before = _open_sockets()
+    gc.disable()
+    try:
+        for number in range(3):
+            server.answering.clear()
+            phone.client.open(media_spec(f"s{number}"))
+            await phone.answer()
+            await until(lambda epoch=2 + number: server.epoch == epoch)  # type: ignore[misc]
+            server.answering.set()
+            await phone.connected()
+        await until(lambda: _open_sockets() == before)
+    finally:
+        gc.enable()
+    await phone.client.stop()
+
+
+def _open_sockets() -> int:
+    """Of this process, which has both ends of each connection."""
+    return sum(entry.is_socket() for entry in Path("/proc/self/fd").iterdir())
 
 
 async def test_sessions_that_nobody_wants_are_deleted(server: ScriptedMediaServer) -> None:
