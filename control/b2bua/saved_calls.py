@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from control.pbx.call import Call
-from control.sip.snapshot import Plain, restore, save
+from control.pbx.records import LegName
+from control.sip.snapshot import Plain, SnapshotError, restore, save
 from control.sip.transaction import SavedTransaction
 
 
@@ -40,7 +41,10 @@ def brought_back(
         SnapshotError: it cannot be read.
     """
     callables = {"new_token": new_token, "random": random}
-    return restore(SavedCall, plain, offset_s=offset_s(then, here), callables=callables)
+    found = restore(SavedCall, plain, offset_s=offset_s(then, here), callables=callables)
+    if found.call.legs.keys() != set(LegName):
+        raise SnapshotError(f"a call has two legs, this one {sorted(found.call.legs)}")
+    return found
 
 
 def offset_s(then: Instant, here: Instant) -> float:

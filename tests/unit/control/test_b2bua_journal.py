@@ -33,7 +33,7 @@ from control.settings.settings import Settings
 from control.sip.address import Address, Flow
 from control.sip.digest import DigestAuthenticator
 from control.sip.message import Request, Response, parse_message
-from control.sip.snapshot import Plain
+from control.sip.snapshot import Plain, SnapshotError
 from control.sip.stack import SipStack
 from control.sip.transaction import Timers
 from tests.harness.messages import flow, request_bytes, response_to, sdp
@@ -661,6 +661,19 @@ async def test_what_was_not_committed_had_not_been_said(disk: Disk, process: Pro
     after = process.killed()
     answer = response_to(invite, 200, headers=(CONTACT,), body=sdp(CALLEE))
     assert summary(after.receive(answer.encode(), CALLEE)) == ["ACK", "BYE"], "the callee answered a call that is over"
+
+
+async def test_a_call_that_lost_a_leg_on_the_disk_is_not_taken_up(disk: Disk, process: Process) -> None:
+    talking(process)
+    (row,) = disk.rows.values()
+    assert isinstance(row.snapshot, dict)
+    call = row.snapshot["call"]
+    assert isinstance(call, dict)
+    assert isinstance(call["legs"], list)
+    call["legs"].pop()
+    here = Instant(process.now, "boot-1", UTC_NOW)
+    with pytest.raises(SnapshotError, match="two legs"):
+        brought_back(row.snapshot, then=here, here=here, new_token=process.new_token, random=lambda: 0.5)
 
 
 # Clocks
