@@ -251,7 +251,10 @@ class Pair:
         return {
             "node_name": "test",
             "sip": {
-                "listeners": [{"name": "udp", "bind": HOST, "port": self.sip[1]}],
+                "listeners": [
+                    {"name": "udp", "bind": HOST, "port": self.sip[1]},
+                    {"name": "tcp", "transport": "tcp", "bind": HOST, "port": self.sip[1]},
+                ],
                 "ring_timeout_s": 30,
                 "timers": {"t1_s": 0.1, "t2_s": 0.4, "t4_s": 0.5},
             },

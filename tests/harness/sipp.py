@@ -59,8 +59,11 @@ class Actor:
         calls: int = 1,
         calls_per_second: int = 10,
         keys: Mapping[str, str | int] | None = None,
+        tcp: bool = False,
     ) -> Self:
-        """Start a scenario and wait until its SIP port is bound.
+        """Start a scenario and wait until its SIP port is bound, or over TCP until it listens or is connected.
+
+        Over TCP a caller cannot be cued, as it takes no connections.
 
         Raises:
             AssertionError: SIPp ended at once or did not bind within five seconds.
@@ -79,6 +82,7 @@ class Actor:
                     "-p",
                     str(local[1]),
                 ),
+                *("-t", "t1" if tcp else "u1"),
                 *("-s", service or user, "-au", user, "-ap", password, "-m", str(calls), "-r", str(calls_per_second)),
                 *("-nostdin", "-timeout", "60s", "-timeout_error", "-recv_timeout", "20000"),
                 *(
@@ -96,7 +100,9 @@ class Actor:
                 stderr=errors,
             )
         actor = cls(scenario, local, own, process)
-        await actor._until(lambda: _is_bound(local) or process.returncode is not None, 5, "its port is bound")
+        await actor._until(
+            lambda: _is_bound(local, "tcp" if tcp else "udp") or process.returncode is not None, 5, "its port is bound"
+        )
         return actor
 
     async def finish(self, deadline_s: float = 20) -> None:
@@ -217,6 +223,6 @@ class Actor:
             await asyncio.sleep(0.02)
 
 
-def _is_bound(local: tuple[str, int]) -> bool:
+def _is_bound(local: tuple[str, int], protocol: str) -> bool:
     address = socket.inet_aton(local[0])[::-1].hex().upper()
-    return f"{address}:{local[1]:04X}" in Path("/proc/net/udp").read_text()
+    return f"{address}:{local[1]:04X}" in Path(f"/proc/net/{protocol}").read_text()

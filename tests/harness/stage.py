@@ -67,9 +67,9 @@ class Stage:
         print("\n".join([*(actor.story() for actor in self.actors), self.pair.logs()]))
 
     async def actor(
-        self, scenario: str, party: Party, *, dials: str = "", password: str = "", expires: int = 60
+        self, scenario: str, party: Party, *, dials: str = "", password: str = "", expires: int = 60, tcp: bool = False
     ) -> Actor:
-        """Start a scenario at a party's address."""
+        """Start a scenario at a party's address, over UDP or TCP."""
         actor = await Actor.start(
             scenario,
             self.folder,
@@ -79,6 +79,7 @@ class Stage:
             password=password or party.password,
             service=dials,
             keys={"audio_port": party.audio_port, "video_port": party.video_port, "expires": expires},
+            tcp=tcp,
         )
         self.actors.append(actor)
         return actor
