@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.kills import SETTINGS, Manner, Moment, Plan, Result, Round, Striker
+from tests.harness.kill_plans import Manner, Moment, Plan
+from tests.harness.kill_verdicts import Result
+from tests.harness.kills import SETTINGS, Round, Striker
 from tests.harness.pair import Pair
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]

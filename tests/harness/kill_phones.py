@@ -127,11 +127,15 @@ class Phone(Endpoint):
 
     async def hang_up(self, side: Side) -> int:
         """Send BYE; returns the final status, 0 when none comes."""
-        side.cseq += 1
         side.hung_up = True
-        headers = f"{side.dialog}CSeq: {side.cseq} BYE\r\n"
+        return await self.ask(side, "BYE")
+
+    async def ask(self, side: Side, method: str) -> int:
+        """Send a request without a body in the dialog; returns the final status, 0 when none comes."""
+        side.cseq += 1
+        headers = f"{side.dialog}CSeq: {side.cseq} {method}\r\nContact: {self.contact(self._token)}\r\n"
         try:
-            answer, _ = await self.exchange("BYE", side.uri, headers, deadline_s=PATIENCE_S)
+            answer, _ = await self.exchange(method, side.uri, headers, deadline_s=PATIENCE_S)
         except TimeoutError:
             return 0
         return answer.status

@@ -12,19 +12,20 @@ import random
 import signal
 import sqlite3
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import psutil
 
 from bench.processes import usage
-from bench.rtpload import INTERVAL_S, RtpLoad, RtpReport, StreamReport
 from bench.rtpload import Pair as RtpPair
+from bench.rtpload import RtpLoad, RtpReport
 from bench.sipmessage import HostPort
-from tests.harness.kill_phones import Delay, Phone, Side
+from tests.harness.kill_phones import Delay, Phone
+from tests.harness.kill_plans import Manner, Moment, Plan
+from tests.harness.kill_verdicts import Evidence, Judge, Result
 from tests.harness.pair import Pair
 
 EAST: Final[HostPort] = ("127.0.0.81", 26800)
@@ -54,76 +55,6 @@ QUIET_S: Final = 90.0
 MAX_DEATHS: Final = 6
 # The scrape that counts the tasks, and its connection, are among them.
 SCRAPE_TASKS: Final = 2
-# The data plane writes its statistics down about once a second: what came since is not counted after its death.
-UNCOUNTED_S: Final = 2.0
-# How far the told gap may be from that between two packets.
-TOLD_S: Final = 0.5
-# From a plane's word that it is ready until the last session relays again, on a busy machine.
-RESTORED_S: Final = 2.0
-
-
-class Manner(Enum):
-    """What happens to a plane."""
-
-    PROCESS = "its process killed"
-    GROUP = "killed with its supervisor"
-    STOP = "stopped for a while"
-
-
-class Moment(Enum):
-    """What half of the calls (all, with TALKING and ANY) are in when the blow falls."""
-
-    TALKING = "talk"
-    ANSWERED = "between 200 and ACK"
-    CHANGING = "in a re-INVITE"
-    HANGING_UP = "in a BYE"
-    RINGING = "ringing"
-    ANY = "anywhere"
-
-
-_DELAYS: Final = {
-    Moment.ANSWERED: Delay.ACK,
-    Moment.CHANGING: Delay.CHANGE,
-    Moment.HANGING_UP: Delay.BYE,
-    Moment.RINGING: Delay.ANSWER,
-}
-
-
-# Calls may begin or end while the planes are away.
-_SHORT: Final = frozenset({Moment.ANSWERED, Moment.HANGING_UP, Moment.RINGING, Moment.ANY})
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One round. `planes` are struck in this order, `blows` times; without planes nothing is."""
-
-    seed: int
-    calls: int
-    planes: tuple[str, ...] = ()
-    manner: Manner = Manner.PROCESS
-    moment: Moment = Moment.TALKING
-    blows: int = 1
-    stop_s: float = 3.0
-    calls_per_s: float = 20.0
-
-    def __str__(self) -> str:
-        what = f"{' then '.join(self.planes)} {self.manner.value}" if self.planes else "nothing killed"
-        times = f" {self.blows} times" if self.blows > 1 else ""
-        return f"{what}{times}, calls {self.moment.value}, {self.calls} calls, seed {self.seed}"
-
-    @property
-    def kills_dataplane(self) -> bool:
-        """Whether media cannot but suffer."""
-        return "dataplane" in self.planes
-
-    @property
-    def refusals(self) -> frozenset[str]:
-        """Why calls that were not answered yet may end."""
-        return frozenset({"node-restarted", *(("media-unavailable",) if self.kills_dataplane else ())})
-
-    def delay(self, number: int) -> Delay:
-        """What of this call waits for the gate: of half of the calls, in both directions."""
-        return _DELAYS.get(self.moment, Delay.NOTHING) if number % 4 < 2 else Delay.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,32 +63,6 @@ class Held:
 
     descriptors: dict[str, int]
     tasks: dict[str, float]
-
-
-@dataclass(slots=True)
-class Result:
-    """What came of a round."""
-
-    plan: Plan
-    wrong: list[str] = field(default_factory=list)
-    sent: int = 0
-    lost: int = 0
-    gaps_s: list[float] = field(default_factory=list)
-    told_gaps_s: list[float] = field(default_factory=list)
-    back_s: list[float] = field(default_factory=list)
-    away_s: float = 0.0
-    reasons: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        gaps, told, back = (
-            f"{max(values, default=0.0):.2f} s" for values in (self.gaps_s, self.told_gaps_s, self.back_s)
-        )
-        verdict = "ok" if not self.wrong else f"{len(self.wrong)} WRONG"
-        return (
-            f"{verdict}: {self.plan}: {self.lost} of {self.sent} packets lost, longest gap {gaps} (told: {told}),"
-            f" back after {back}, {dict(self.reasons)}, {self.seconds:.1f} s"
-        )
 
 
 class Striker:
@@ -234,8 +139,7 @@ class Round:
         )
         self._rtp = RtpLoad()
         self._streams: dict[int, int] = {}
-        self._changed: dict[int, int] = {}
-        self._ended: dict[int, int] = {}
+        self._answers: defaultdict[int, list[int]] = defaultdict(list)
         self._pauses = [(self._chance.uniform(0.2, 1.0), self._chance.uniform(0.2, 1.0)) for _ in range(plan.calls)]
         self.result = Result(plan)
 
@@ -255,9 +159,7 @@ class Round:
             report = await self._rtp.finish()
             await self._until(lambda: len(self._pair.cdrs()) - old >= self.plan.calls, "each call has a line")
             await self._held_again(before)
-            self._judge_phones()
-            self._judge_media(report)
-            self._judge_records(self._pair.cdrs()[old:], report)
+            Judge(self.result, self._evidence(self._pair.cdrs()[old:], report)).judge()
         self.result.seconds = time.monotonic() - started_at
         return self.result
 
@@ -274,22 +176,27 @@ class Round:
         assert side.remote_rtp is not None
         assert far.remote_rtp is not None
         (self._streams[number],) = await self._rtp.add([RtpPair(side.rtp, side.remote_rtp, far.rtp, far.remote_rtp)])
-        phone, own = (caller, side) if number // 2 % 2 else (callee, far)
+        phone, own = (caller, side) if number // 4 % 2 else (callee, far)
         delay = self.plan.delay(number)
         if delay in {Delay.CHANGE, Delay.BYE}:
             await self._place.wait()
         if delay is Delay.CHANGE:
-            self._changed[number] = await phone.change(own)
+            self._answers[number].append(await phone.change(own))
         if delay is not Delay.BYE:
             if self.plan.moment is not Moment.ANY:
                 await self._recovered.wait()
             await asyncio.sleep(before_s)
-            if number % 3 == 0 and delay is not Delay.CHANGE:
-                self._changed[number] = await phone.change(own)
+            match number % 3:
+                case 0 if delay is not Delay.CHANGE:
+                    self._answers[number].append(await phone.change(own))
+                case 1:
+                    self._answers[number] += [await phone.ask(own, "OPTIONS"), await phone.ask(own, "UPDATE")]
+                case _:
+                    pass
             await asyncio.sleep(after_s)
         await self._rtp.silence([self._streams[number]])
         await asyncio.sleep(0.1)
-        self._ended[number] = await phone.hang_up(own)
+        self._answers[number].append(await phone.hang_up(own))
 
     async def _strike_in_place(self) -> None:
         """Strike when every call is where it shall be, and open the gate soon after."""
@@ -322,6 +229,9 @@ class Round:
         struck_at = time.monotonic()
         self.result.back_s.append(await self._striker.strike(self.plan, self._chance))
         self.result.away_s += time.monotonic() - struck_at
+        shown = await asyncio.to_thread(self._pair.metric, "control", "sip_pbx_active_calls")
+        if self.plan.moment is Moment.TALKING and shown != self.plan.calls:
+            self.result.wrong.append(f"{shown:g} calls are shown afterwards")
 
     def _is_placed(self, number: int) -> bool:
         name, (caller, callee) = str(number), self._sides(number)
@@ -337,117 +247,36 @@ class Round:
             case Delay.NOTHING:
                 return True
 
-    # ---- what must hold --------------------------------------------------------------------------------------------
+    # ---- building blocks -------------------------------------------------------------------------------------------
 
-    def _judge_phones(self) -> None:
+    def _sides(self, number: int) -> tuple[Phone, Phone]:
+        """The phone that places this call, and the one that takes it."""
+        east, west = self._phones
+        return (east, west) if number % 2 else (west, east)
+
+    def _evidence(self, lines: Sequence[dict[str, Any]], report: RtpReport) -> Evidence:
+        rows, endings, left = self._stored([str(line["call_id"]) for line in lines])
+        sides = {}
         for number in range(self.plan.calls):
             caller, callee = self._sides(number)
-            side, far = caller.sides[str(number)], callee.sides.get(str(number))
-            if side.status == 200 and far is not None:
-                self._judge_established(number, side, far)
-            else:
-                self._judge_refused(number, side, far)
-        for phone in self._phones:
-            self.result.wrong += [f"a phone failed: {failure!r}" for failure in phone.failures]
+            sides[number] = caller.sides[str(number)], callee.sides.get(str(number))
+        return Evidence(sides, self._streams, self._answers, report, lines, rows, endings, left)
 
-    def _judge_established(self, number: int, side: Side, far: Side) -> None:
-        own, other = (side, far) if side.hung_up else (far, side)
-        if (own.hung_up, other.hung_up, self._ended.get(number)) != (True, False, 200):
-            self._wrong(number, f"BYE was answered {self._ended.get(number)}")
-        if own.byes or len(other.byes) != 1 or side.cancelled or far.cancelled:
-            self._wrong(number, f"BYEs that came: {own.byes} at who hung up, {other.byes} at the other")
-        if (len(side.changes), len(far.changes)) != (far.asked, side.asked):
-            self._wrong(number, f"offers that came: {side.changes}, {far.changes}; asked: {far.asked}, {side.asked}")
-        if self._changed.get(number, 200) != 200:
-            self._wrong(number, f"re-INVITE was answered {self._changed[number]}")
+    async def _until(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + UP_S
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {UP_S} s: {what}\n{self._pair.logs()}")
+            await asyncio.sleep(0.02)
 
-    def _judge_refused(self, number: int, side: Side, far: Side | None) -> None:
-        may_fail = self.plan.planes and (self.plan.moment is Moment.ANY or self.plan.delay(number) is Delay.ANSWER)
-        if not may_fail or side.status != 503:
-            self._wrong(number, f"INVITE was answered {side.status}")
-        if far is not None and not far.cancelled and len(far.byes) != 1:
-            self._wrong(number, "the callee was not told of the end")
-        if side.byes or side.changes or (far is not None and far.changes):
-            self._wrong(number, "requests came in a call that never was")
-
-    def _judge_media(self, report: RtpReport) -> None:
-        result = self.result
-        result.sent, result.lost = report.total("sent"), report.total("lost")
-        result.gaps_s = [stream.longest_gap_s for stream in report.streams]
-        if report.foreign or report.total("duplicates") or report.send_errors:
-            result.wrong.append(f"{report.foreign} foreign packets, {report.total('duplicates')} repeated")
-        if not self.plan.kills_dataplane and result.lost:
-            where = [(stream.pair, stream.lost, stream.missing) for stream in report.streams if stream.lost]
-            result.wrong.append(f"{result.lost} packets lost: {where}")
-        for stream in report.streams if self.plan.kills_dataplane else ():
-            # What is lost is lost in one gap, after which media flows; streams that began or ended in it show none.
-            whole = self.plan.moment not in _SHORT
-            lost_s, longest_s = stream.lost * INTERVAL_S, stream.longest_gap_s if whole else result.away_s + RESTORED_S
-            if lost_s > longest_s + 0.2:
-                result.wrong.append(f"stream of pair {stream.pair}: lost {lost_s:.2f} s, gap {longest_s:.2f} s")
-
-    def _judge_records(self, lines: Sequence[dict[str, Any]], report: RtpReport) -> None:
-        rows, ended, left = self._stored([str(line["call_id"]) for line in lines])
-        by_leg: dict[str, list[dict[str, Any]]] = {}
-        for line in lines:
-            by_leg.setdefault(line["legs"][0]["sip_call_id"], []).append(line)
-            if (rows[line["call_id"]], ended[line["call_id"]]) != (1, 1):
-                self.result.wrong.append(
-                    f"{line['call_id']}: {rows[line['call_id']]} rows, {ended[line['call_id']]} ends"
-                )
-        if left:
-            self.result.wrong.append(f"{left} calls are left in the journal")
-        for number in range(self.plan.calls):
-            side = self._sides(number)[0].sides[str(number)]
-            found = by_leg.pop(side.sip_call_id, [])
-            if len(found) != 1:
-                self._wrong(number, f"{len(found)} records")
-            for record in found:
-                self._judge_record(number, side, record, report)
-        if by_leg:
-            self.result.wrong.append(f"records of calls that nobody placed: {by_leg}")
-
-    def _judge_record(self, number: int, side: Side, record: dict[str, Any], report: RtpReport) -> None:
-        end = record["termination"]
-        self.result.reasons[end["reason"]] += 1
-        if side.status == 200:
-            if (end["result"], end["reason"], end["sip_status"]) != ("answered", "hangup", 200):
-                self._wrong(number, f"ended as {end}")
-            self._judge_statistics(number, record, report)
-        elif end["sip_status"] != 503 or end["reason"] not in self.plan.refusals:
-            self._wrong(number, f"ended as {end}")
-
-    def _judge_statistics(self, number: int, record: dict[str, Any], report: RtpReport) -> None:
-        counted = [stream["packets"] for stream in record["streams"]]
-        pair = self._streams[number]
-        streams = [stream for stream in report.streams if stream.pair == pair]
-        interrupted = self.plan.kills_dataplane and self.plan.manner is not Manner.STOP
-        if interrupted and not record["media_complete"] and self.plan.moment in _SHORT:
-            return  # it began after the last note of its figures, and ended while there was no data plane
-        if not record["media_complete"] or len(counted) != len(streams):
-            self._wrong(number, f"statistics: {record['streams']}")
-        elif not interrupted:
-            if counted != [stream.received for stream in streams] and not self.plan.kills_dataplane:
-                self._wrong(number, f"counted {counted}, {[stream.received for stream in streams]} arrived")
-            if record["media_interruptions"]:
-                self._wrong(number, f"{record['media_interruptions']} interruptions told")
-        elif self.plan.moment not in _SHORT:
-            self._judge_interruption(number, record, counted, streams)
-
-    def _judge_interruption(
-        self, number: int, record: dict[str, Any], counted: Sequence[int], streams: Sequence[StreamReport]
-    ) -> None:
-        gap_s = record["media_gap_s"]
-        self.result.told_gaps_s.append(gap_s)
-        if record["media_interruptions"] != 1 or gap_s <= 0:
-            self._wrong(number, f"{record['media_interruptions']} interruptions of {gap_s} s told")
-        longest_s = max(stream.longest_gap_s for stream in streams)
-        # A data plane that dies alone is missed at once; who comes back with it knows of its absence since then only.
-        if not (longest_s - TOLD_S if self.plan.planes == ("dataplane",) else 0) <= gap_s <= longest_s + TOLD_S:
-            self._wrong(number, f"a gap of {gap_s} s told, it was {longest_s:.2f} s")
-        for count, stream in zip(counted, streams, strict=True):
-            if not stream.received - UNCOUNTED_S / INTERVAL_S <= count <= stream.sent:
-                self._wrong(number, f"counted {count}, {stream.received} of {stream.sent} arrived")
+    async def _held(self) -> Held:
+        """What the pair holds once nothing runs and every port has rested."""
+        await asyncio.to_thread(self._pair.wait, self._is_quiet, QUIET_S, "all tables are empty")
+        tasks = {
+            "control": self._pair.metric("control", "sip_pbx_event_loop_tasks"),
+            "dataplane": self._pair.metric("dataplane", "sip_pbx_media_event_loop_tasks"),
+        }
+        return Held({plane: usage(self._pair.pids(plane)).descriptors for plane in tasks}, tasks)
 
     async def _held_again(self, before: Held) -> None:
         """Back to the start level: soon, because connections and tasks take a moment to end."""
@@ -464,33 +293,6 @@ class Round:
         if any(after.tasks[plane] > before.tasks[plane] + SCRAPE_TASKS for plane in after.tasks):
             wrong.append(f"tasks: {before.tasks} -> {after.tasks}")
         return wrong
-
-    # ---- building blocks -------------------------------------------------------------------------------------------
-
-    def _sides(self, number: int) -> tuple[Phone, Phone]:
-        """The phone that places this call, and the one that takes it."""
-        east, west = self._phones
-        return (east, west) if number % 2 else (west, east)
-
-    def _wrong(self, number: int, what: str) -> None:
-        delay = self.plan.delay(number)
-        self.result.wrong.append(f"call {number} (delayed: {delay.value}): {what}")
-
-    async def _until(self, condition: Any, what: str) -> None:
-        end = time.monotonic() + UP_S
-        while not condition():
-            if time.monotonic() > end:
-                raise AssertionError(f"not within {UP_S} s: {what}\n{self._pair.logs()}")
-            await asyncio.sleep(0.02)
-
-    async def _held(self) -> Held:
-        """What the pair holds once nothing runs and every port has rested."""
-        await asyncio.to_thread(self._pair.wait, self._is_quiet, QUIET_S, "all tables are empty")
-        tasks = {
-            "control": self._pair.metric("control", "sip_pbx_event_loop_tasks"),
-            "dataplane": self._pair.metric("dataplane", "sip_pbx_media_event_loop_tasks"),
-        }
-        return Held({plane: usage(self._pair.pids(plane)).descriptors for plane in tasks}, tasks)
 
     def _is_quiet(self) -> bool:
         dataplane = ("sip_pbx_media_sessions", "sip_pbx_media_ports_in_use", "sip_pbx_media_ports_quarantined")
