@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests.harness.baresip import BaresipPhone, baresip_available
 from tests.harness.pair import USERS, Pair
@@ -15,20 +16,24 @@ pytestmark = [
 ]
 
 TALK_S = 3.0
+TLS_OFFSET = 400
 MOST_OF_IT_S = 2.5
 ALICE_HZ, BOB_HZ = 440.0, 1000.0
 BARESIP_SETTINGS = {"digest_algorithms": ["MD5"]}
 """baresip 1.0 gives up when one of several challenges names an algorithm other than MD5."""
 
 
-def phone(folder: Path, pair: Pair, user: str, *, port: int, hears: float, account: str = "") -> BaresipPhone:
+def phone(
+    folder: Path, pair: Pair, user: str, *, port: int, hears: float, account: str = "", transport: str = "udp"
+) -> BaresipPhone:
     """A registering phone of this user; `hears` is the tone that its microphone hears."""
     folder.mkdir()
     write_tone(folder / "microphone.wav", frequency_hz=hears, duration_s=30)
     host, pbx_port = pair.sip
+    address = f"{host}:{pbx_port + TLS_OFFSET if transport == 'tls' else pbx_port};transport={transport}"
     return BaresipPhone(
         folder / "baresip",
-        account=f"<sip:{user}@{host}:{pbx_port}>;auth_pass={USERS[user]};regint=60;audio_codecs=pcmu{account}",
+        account=f"<sip:{user}@{address}>;auth_pass={USERS[user]};regint=60;audio_codecs=pcmu{account}",
         sip_port=port,
         control_port=port + 5,
         rtp_ports=(port + 5000, port + 5099),
@@ -73,6 +78,44 @@ async def test_two_baresip_phones_register_and_hear_each_other_through_the_pair(
         assert stream["packets"] > 50 * MOST_OF_IT_S
         assert stream["lost"] == 0
         assert stream["relayed_packets"] > 50 * MOST_OF_IT_S
+
+
+def with_tls(pair: Pair, folder: Path) -> Pair:
+    """The pair with a listener for TLS beside its own, before it is started."""
+    issued = trustme.CA().issue_cert(pair.sip[0])
+    issued.private_key_pem.write_to_path(folder / "tls.key")
+    (folder / "tls.crt").write_bytes(b"".join(each.bytes() for each in issued.cert_chain_pems))
+    files = {"certificate_path": str(folder / "tls.crt"), "private_key_path": str(folder / "tls.key")}
+    port = pair.sip[1] + TLS_OFFSET
+    listener = {"name": "tls", "transport": "tls", "bind": pair.sip[0], "port": port, "tls": files}
+    pair.settings["control"]["sip"]["listeners"].append(listener)
+    return pair
+
+
+@pytest.mark.parametrize(("of_alice", "of_bob"), [("tcp", "tcp"), ("tls", "udp"), ("udp", "tls")])
+async def test_baresip_phones_talk_over_tcp_and_tls(tmp_path: Path, of_alice: str, of_bob: str) -> None:
+    with with_tls(Pair(tmp_path / "pair", control=BARESIP_SETTINGS), tmp_path) as pair:
+        async with (
+            phone(tmp_path / "alice", pair, "1001", port=26210, hears=ALICE_HZ, transport=of_alice) as alice,
+            phone(tmp_path / "bob", pair, "1002", port=26410, hears=BOB_HZ, transport=of_bob) as bob,
+        ):
+            await alice.wait_until_registered()
+            await bob.wait_until_registered()
+            port = pair.sip[1] + TLS_OFFSET if of_alice == "tls" else pair.sip[1]
+            await alice.command("dial", f"sip:1002@{pair.sip[0]}:{port};transport={of_alice}")
+            await bob.wait_for("CALL_INCOMING")
+            await bob.command("accept")
+            await alice.wait_for("CALL_ESTABLISHED")
+            await asyncio.sleep(1)
+            await bob.command("hangup")
+            await alice.wait_for("CALL_CLOSED")
+            await asyncio.to_thread(pair.wait, lambda: bool(pair.cdrs()), 5, "a CDR is written")
+            (cdr,) = pair.cdrs()
+        for method, transport in (("INVITE", of_bob), ("BYE", of_alice)):
+            sent = {"method": method, "direction": "out", "transport": transport}
+            assert pair.metric("control", "sip_pbx_sip_requests_total", **sent) == 1
+    assert cdr["termination"]["ended_by"] == "callee"
+    assert {stream["leg"]: stream["packets"] > 25 for stream in cdr["streams"]} == {"caller": True, "callee": True}
 
 
 async def test_a_call_that_the_other_baresip_phone_ends_is_closed_on_both_sides(tmp_path: Path) -> None:
