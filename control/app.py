@@ -148,6 +148,7 @@ class ControlPlane:
             new_token=_new_token,
             timers=Timers(settings.sip.timers.t1_s, settings.sip.timers.t2_s, settings.sip.timers.t4_s),
             server_name=settings.sip.server_name,
+            by_stream=settings.stream_flows().get,
         )
         users = {user.name: user.nat for user in settings.users}
         self._registrar = Registrar(

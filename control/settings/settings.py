@@ -91,6 +91,16 @@ class Settings(Section):
             if listener is not None
         )
 
+    def stream_flows(self) -> dict[Flow, Flow]:
+        """The connection that may be tried instead of each flow to a trunk over UDP, where a listener is for that."""
+        found: dict[Flow, Flow] = {}
+        for trunk in self.trunk_values():
+            version = ip_address(trunk.flow.remote.host).version
+            for listener in self.sip.listeners:
+                if (listener.transport, listener.version) == (Transport.TCP, version):
+                    found.setdefault(trunk.flow, Flow(Transport.TCP, listener.name, trunk.flow.remote))
+        return {flow: stream for flow, stream in found.items() if flow.transport is Transport.UDP}
+
     def tls_peers(self) -> dict[Address, TrunkTlsSettings]:
         """What the trunks that are reached by TLS must show, by their addresses."""
         reached = [trunk for trunk in self.trunks if trunk.transport is Transport.TLS]

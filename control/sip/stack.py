@@ -5,7 +5,8 @@ machines in control.sip.transaction, ACK for refusals (17.1.1.3), CANCEL (9.1, 9
 and rport (18.2.1, RFC 3581), and what is refused before the transaction user sees it: malformed requests, merged
 requests (8.2.2.2) and requests without hops left (16.3). All deadlines live in one heap.
 Over reliable transports it demands Content-Length (18.3), and when a connection is lost it fails what waits for a first
-answer there, and moves responses to where section 18.2.2 wants them next.
+answer there, and moves responses to where section 18.2.2 wants them next. Requests too large for a datagram go over a
+connection where the peer may take one, and by UDP if it does not (18.1.1).
 Left out: the choice of a destination; whoever sends a request names the flow.
 """
 
@@ -65,6 +66,10 @@ _UNANSWERED: Final = frozenset((State.CALLING, State.TRYING, State.WITHDRAWN))
 _NEVER_FORWARDED: Final = frozenset(("OPTIONS", "REGISTER"))
 _LONGEST_KEEP_ALIVE: Final = 4
 _NEVER: Final = float("inf")
+# Section 18.1.1, where nothing is known of the path: larger requests might be fragmented, and lost with any fragment.
+MAX_UDP_REQUEST_BYTES: Final = 1300
+# How long a peer that took no connection is not asked for one again.
+_WITHOUT_STREAM_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,8 @@ class SipStack:
     """All transactions of one process (RFC 3261 section 17).
 
     `advertised` gives the address at which peers at the other end of a flow reach us, `new_token` To tags for what the
-    stack answers itself. Above `max_server_transactions` new requests get 503, without any memory of them.
+    stack answers itself, `by_stream` the connection that may be tried instead of a flow over UDP. Above
+    `max_server_transactions` new requests get 503, without any memory of them.
     """
 
     def __init__(
@@ -191,8 +197,10 @@ class SipStack:
         new_token: Callable[[], str],
         timers: Timers,
         server_name: str,
+        by_stream: Callable[[Flow], Flow | None] = lambda _: None,
         max_server_transactions: int = 65_536,
     ) -> None:
+        self._by_stream = by_stream
         self._advertised = advertised
         self._new_token = new_token
         self._timers = timers
@@ -203,6 +211,8 @@ class SipStack:
         self._merge_keys: dict[tuple[str, str, str], TransactionId] = {}  # of those in _servers, so bounded with them
         # Of reliable transports only, by the connection that they use.
         self._of_flow: dict[Flow, set[Transaction]] = {}
+        # Connections that stood in for UDP and could not be had, and until when they are not tried again.
+        self._without_stream: dict[Flow, float] = {}
         self._deadlines: list[tuple[float, int, Transaction]] = []
         self._order = itertools.count()
 
@@ -249,8 +259,19 @@ class SipStack:
                 transaction.flow = replace(flow, remote=Address(flow.remote.host, port))
                 self._note_flow(transaction)
             elif transaction.state in _UNANSWERED:
-                outputs += self._feed(transaction, Event.TRANSPORT_ERROR, now)
+                outputs += self._by_datagram(transaction, now) or self._feed(transaction, Event.TRANSPORT_ERROR, now)
         return outputs
+
+    def _by_datagram(self, transaction: Transaction, now: float) -> list[Output]:
+        """Start a transaction again over UDP, if its connection only stood in for that (section 18.1.1)."""
+        if not isinstance(transaction, ClientTransaction) or transaction.instead_of is None:
+            return []
+        self._without_stream[transaction.flow] = now + _WITHOUT_STREAM_S
+        if transaction.state is State.WITHDRAWN:
+            return []  # nobody has seen the request, and nobody wants it answered any more
+        self._forget(transaction)
+        request = self._via_changed(transaction.request, transaction.instead_of)
+        return self._start_client(request, request.encode(), transaction.id, transaction.instead_of, now)
 
     def _receive_response(self, response: Response, flow: Flow, now: float) -> list[Output]:
         via = response.via
@@ -334,7 +355,16 @@ class SipStack:
         transaction_id = client_id(branch, request.method)
         if request.method in ("ACK", "CANCEL") or transaction_id in self._clients:
             raise LocalProtocolError(f"cannot start a {request.method} transaction with branch {branch}")
-        return self._start_client(self._with_via(request, flow, branch), transaction_id, flow, now)
+        sent = self._with_via(request, flow, branch)
+        data = sent.encode()
+        if len(data) <= MAX_UDP_REQUEST_BYTES or flow.transport is not Transport.UDP:
+            return self._start_client(sent, data, transaction_id, flow, now)
+        stream = self._by_stream(flow)
+        if stream is None or self._without_stream.get(stream, now) > now:
+            return self._start_client(sent, data, transaction_id, flow, now)
+        self._without_stream.pop(stream, None)
+        sent = self._via_changed(sent, stream)
+        return self._start_client(sent, sent.encode(), transaction_id, stream, now, instead_of=flow)
 
     def send_ack(self, request: Request, flow: Flow, branch: str) -> list[Output]:
         """Send the ACK for a 2xx, which is outside of all transactions (section 13.2.2.4)."""
@@ -365,7 +395,9 @@ class SipStack:
         """Take up a transaction of an earlier process: it goes on where it was, timers that are overdue fire next."""
         transaction: ClientTransaction | ServerTransaction
         if saved.request is not None:
-            transaction = ClientTransaction(saved.request, saved.id, saved.flow, self._timers, now)
+            transaction = ClientTransaction(
+                saved.request, saved.id, saved.flow, self._timers, now, instead_of=saved.instead_of
+            )
             self._clients[saved.id] = transaction
             self._note_flow(transaction)
         else:
@@ -404,9 +436,18 @@ class SipStack:
 
     # -------------------------------------------------------------------------------------------- running the machines
 
-    def _start_client(self, request: Request, transaction_id: TransactionId, flow: Flow, now: float) -> list[Output]:
-        transaction = ClientTransaction(request, transaction_id, flow, self._timers, now)
-        transaction.last_sent = request.encode()
+    def _start_client(
+        self,
+        request: Request,
+        data: bytes,
+        transaction_id: TransactionId,
+        flow: Flow,
+        now: float,
+        *,
+        instead_of: Flow | None = None,
+    ) -> list[Output]:
+        transaction = ClientTransaction(request, transaction_id, flow, self._timers, now, instead_of=instead_of)
+        transaction.last_sent = data
         self._clients[transaction_id] = transaction
         self._note_flow(transaction)
         self._schedule(transaction)
@@ -475,7 +516,7 @@ class SipStack:
                     invite = cast("ClientTransaction", transaction).request
                     cancel = _same_hop("CANCEL", invite, invite.headers.require("to"))
                     cancel_id = replace(transaction.id, method="CANCEL")
-                    outputs += self._start_client(cancel, cancel_id, transaction.flow, now)
+                    outputs += self._start_client(cancel, cancel.encode(), cancel_id, transaction.flow, now)
                 case Action.DELIVER:
                     if not is_ours:
                         outputs += _delivered(transaction, cast("Request | Response", message), cast("Flow", flow))
@@ -527,11 +568,19 @@ class SipStack:
     # ----------------------------------------------------------------------------------------------- building messages
 
     def _with_via(self, request: Request, flow: Flow, branch: str) -> Request:
-        ours = self._advertised(flow)
         headers = request.headers.copy()
-        via = f"SIP/2.0/{flow.transport} {ours.uri_host}:{ours.port};rport;branch={MAGIC_COOKIE}{branch}"
-        headers.insert("Via", via)
+        headers.insert("Via", self._via(flow, MAGIC_COOKIE + branch))
         return Request(request.method, request.uri, headers, request.body)
+
+    def _via_changed(self, request: Request, flow: Flow) -> Request:
+        """The same request of ours, to be sent along another flow."""
+        headers = request.headers.copy()
+        headers.set("Via", self._via(flow, request.via.branch))
+        return Request(request.method, request.uri, headers, request.body)
+
+    def _via(self, flow: Flow, branch: str) -> str:
+        ours = self._advertised(flow)
+        return f"SIP/2.0/{flow.transport} {ours.uri_host}:{ours.port};rport;branch={branch}"
 
     def _own_response(self, request: Request, status: int, to_tag: str | None = None) -> Response:
         response = build_response(request, status, to_tag=to_tag or self._new_token())

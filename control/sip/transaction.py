@@ -318,7 +318,10 @@ class _Timer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SavedTransaction:
-    """A running transaction as plain data (control.sip.snapshot); `request` is a client's, `merge_key` a server's."""
+    """A running transaction as plain data (control.sip.snapshot).
+
+    `merge_key` is a server's, `request` and `instead_of` are a client's.
+    """
 
     id: TransactionId
     flow: Flow
@@ -328,6 +331,7 @@ class SavedTransaction:
     running: tuple[tuple[Moment, Event, float], ...]
     request: Request | None = None
     merge_key: tuple[str, str, str] | None = None
+    instead_of: Flow | None = None
 
 
 class Transaction:
@@ -413,18 +417,31 @@ class Transaction:
 
 
 class ClientTransaction(Transaction):
-    """A client transaction and its request, from which ACK and CANCEL are built."""
+    """A client transaction and its request, from which ACK and CANCEL are built.
 
-    __slots__ = ("request",)
+    `instead_of` is the flow that was meant, where a connection is tried because of the request's size.
+    """
 
-    def __init__(self, request: Request, transaction_id: TransactionId, flow: Flow, timers: Timers, now: float) -> None:
+    __slots__ = ("instead_of", "request")
+
+    def __init__(
+        self,
+        request: Request,
+        transaction_id: TransactionId,
+        flow: Flow,
+        timers: Timers,
+        now: float,
+        *,
+        instead_of: Flow | None = None,
+    ) -> None:
         machine = INVITE_CLIENT if transaction_id.method == "INVITE" else NON_INVITE_CLIENT
         super().__init__(machine, transaction_id, flow, timers, now)
         self.request = request
+        self.instead_of = instead_of
 
     def save(self) -> SavedTransaction:
         """As every transaction, with its request."""
-        return replace(super().save(), request=self.request)
+        return replace(super().save(), request=self.request, instead_of=self.instead_of)
 
 
 class ServerTransaction(Transaction):

@@ -375,6 +375,17 @@ def test_trunks_over_tls_are_known_by_their_addresses_with_what_they_must_show(f
     assert [trunk.flow.listener for trunk in loaded.trunk_values()] == ["t", "t", "u"]
 
 
+@pytest.mark.rfc("3261", "18.1.1")
+def test_large_requests_to_trunks_over_udp_may_go_over_the_first_tcp_listener_of_their_family(file: Path) -> None:
+    listeners = "[{name: u}, {name: t6, transport: tcp, bind: '::'}, {name: t, transport: tcp}, {name: u6, bind: '::'}]"
+    trunks = "[{name: a, destination: '192.0.2.1:5070'}, {name: b, destination: 192.0.2.2, transport: tcp}]"
+    text = f"sip: {{listeners: {listeners}}}\nmedia: {{addresses: [{{}}, {{bind: '::'}}]}}\ntrunks: {trunks}"
+    remote = Address("192.0.2.1", 5070)
+    expected = {Flow(Transport.UDP, "u", remote): Flow(Transport.TCP, "t", remote)}
+    assert settings(file, text).stream_flows() == expected
+    assert settings(file, CARRIER).stream_flows() == {}
+
+
 def test_the_advertised_port_is_the_bound_one_unless_given(file: Path) -> None:
     loaded = settings(file, "sip: {listeners: [{name: a, port: 5070}, {name: b, port: 5080, advertise_port: 5060}]}")
     assert [listener.advertised_port for listener in loaded.sip.listeners] == [5070, 5060]

@@ -51,6 +51,7 @@ def make_stack(
     advertised: Callable[[Flow], Address] | None = None,
     timers: Timers = TIMERS,
     server_name: str = "pbx",
+    by_stream: Callable[[Flow], Flow | None] = lambda _: None,
     max_server_transactions: int = 1000,
 ) -> SipStack:
     tokens = (f"token-{number}" for number in itertools.count(1))
@@ -59,6 +60,7 @@ def make_stack(
         new_token=lambda: next(tokens),
         timers=timers,
         server_name=server_name,
+        by_stream=by_stream,
         max_server_transactions=max_server_transactions,
     )
 

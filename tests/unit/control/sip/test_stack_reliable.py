@@ -245,3 +245,81 @@ def test_restored_transactions_are_over_connections_as_before() -> None:
     assert sent(successor.respond(event.transaction, response_to(event.request, 486), NOW)).flow == LISTENING
     run_out(successor)
     assert_nothing_left(successor)
+
+
+# ------------------------------------------------------------------------------------------------------- large requests
+
+DATAGRAMS = Flow(Transport.UDP, "main", PEER)
+LARGE = b"x" * 1200
+
+
+def both_ways(listening: Flow | None = LISTENING) -> SipStack:
+    return make_stack(by_stream=lambda flow: listening if flow == DATAGRAMS else None)
+
+
+def large(stack: SipStack, *, now: float = NOW, method: str = "INVITE", branch: str = "b1") -> Transmit:
+    return sent(stack.send_request(outgoing_request(method, body=LARGE), DATAGRAMS, branch, now))
+
+
+@pytest.mark.rfc("3261", "18.1.1")
+def test_a_request_of_more_than_1300_octets_goes_over_a_connection_and_says_so_in_via() -> None:
+    stack = both_ways()
+    request = large(stack)
+    assert request.flow == LISTENING
+    assert request_of(request.data).headers.get_all("Via") == ["SIP/2.0/TCP 198.51.100.1:5060;rport;branch=z9hG4bKb1"]
+    ack, _ = stack.receive(response_to(request_of(request.data), 486).encode(), LISTENING, NOW)
+    assert isinstance(ack, Transmit)
+    assert ack.flow == LISTENING
+    assert_nothing_left(stack)
+
+
+@pytest.mark.rfc("3261", "18.1.1")
+@pytest.mark.parametrize(("size", "transport"), [(1300, Transport.UDP), (1301, Transport.TCP)])
+def test_the_limit_is_1300_octets_of_the_whole_request(size: int, transport: Transport) -> None:
+    other = sent(make_stack().send_request(outgoing_request("OPTIONS", body=b"x" * 900), DATAGRAMS, "b1", NOW)).data
+    body = b"x" * (900 + size - len(other))
+    request = sent(both_ways().send_request(outgoing_request("OPTIONS", body=body), DATAGRAMS, "b1", NOW))
+    assert (len(request.data), request.flow.transport) == (size, transport)
+
+
+def test_a_large_request_goes_by_udp_where_there_is_no_connection_to_be_had() -> None:
+    assert large(both_ways(None)).flow == DATAGRAMS
+    assert large(make_stack()).flow == DATAGRAMS
+
+
+@pytest.mark.rfc("3261", "18.1.1")
+@pytest.mark.parametrize("method", ["INVITE", "OPTIONS"])
+def test_a_large_request_goes_by_udp_after_all_when_the_connection_is_refused(method: str) -> None:
+    stack = both_ways()
+    large(stack, method=method)
+    request = sent(stack.flow_failed(LISTENING, NOW + 1))
+    assert (request.flow, request.transaction) == (DATAGRAMS, client_id("b1", method))
+    assert request_of(request.data).headers.get_all("Via") == ["SIP/2.0/UDP 198.51.100.1:5060;rport;branch=z9hG4bKb1"]
+    assert stack.next_deadline() == NOW + 1 + TIMERS.t1, "it is repeated"
+    assert len(stack.receive(response_to(request_of(request.data), 200).encode(), DATAGRAMS, NOW + 1)) == 1
+
+
+def test_a_peer_that_refused_a_connection_is_not_asked_again_for_ten_minutes() -> None:
+    stack = both_ways()
+    large(stack)
+    stack.flow_failed(LISTENING, NOW)
+    assert large(stack, branch="b2", now=NOW + 599).flow == DATAGRAMS
+    assert large(stack, branch="b3", now=NOW + 600).flow == LISTENING
+    assert not stack._without_stream
+
+
+def test_a_large_request_that_was_cancelled_before_the_connection_was_refused_is_not_sent() -> None:
+    stack = both_ways()
+    large(stack)
+    stack.cancel(client_id("b1", "INVITE"), NOW)
+    (failed,) = stack.flow_failed(LISTENING, NOW)
+    assert isinstance(failed, TransactionFailed)
+    assert_nothing_left(stack)
+
+
+def test_a_restored_large_request_still_goes_by_udp_when_the_connection_is_refused() -> None:
+    stack, successor = both_ways(), both_ways()
+    large(stack)
+    (saved,) = stack.save([client_id("b1", "INVITE")])
+    successor.restore(saved, NOW)
+    assert sent(successor.flow_failed(LISTENING, NOW)).flow == DATAGRAMS
