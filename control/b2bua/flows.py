@@ -3,9 +3,9 @@
 from dataclasses import replace
 from ipaddress import ip_address
 
-from control.sip.address import Address, Flow
+from control.sip.address import Address, Flow, Transport
 from control.sip.headers import Uri
-from control.sip.stack import DEFAULT_PORT
+from control.sip.hop import DEFAULT_PORT, DEFAULT_TLS_PORT
 
 
 def listening_flow(flow: Flow, contact: Uri) -> Flow:
@@ -20,4 +20,5 @@ def listening_flow(flow: Flow, contact: Uri) -> Flow:
         is_same_host = False
     if not is_same_host:
         return flow
-    return replace(flow, remote=Address(flow.remote.host, contact.port or DEFAULT_PORT))
+    default = DEFAULT_TLS_PORT if flow.transport is Transport.TLS else DEFAULT_PORT
+    return replace(flow, remote=Address(flow.remote.host, contact.port or default))

@@ -10,7 +10,6 @@ connection where the peer may take one, and by UDP if it does not (18.1.1).
 Left out: the choice of a destination; whoever sends a request names the flow.
 """
 
-import hashlib
 import heapq
 import itertools
 from collections import Counter
@@ -22,8 +21,18 @@ from typing import Final, assert_never, cast
 
 from control.sip.address import Address, Flow, Transport
 from control.sip.errors import LocalProtocolError, RemoteProtocolError
-from control.sip.headers import Via, split_commas
-from control.sip.message import Message, Request, Response, build_request, build_response, parse_message
+from control.sip.hop import (
+    DEFAULT_PORT,
+    MAGIC_COOKIE,
+    demand_length,
+    has_cookie,
+    is_cut_short,
+    note_source,
+    same_hop,
+    server_id,
+    to_tag_of,
+)
+from control.sip.message import Message, Request, Response, build_response, parse_message
 from control.sip.transaction import (
     INVITE_CLIENT,
     MACHINES,
@@ -39,8 +48,6 @@ from control.sip.transaction import (
     response_event,
 )
 
-MAGIC_COOKIE: Final = "z9hG4bK"
-DEFAULT_PORT: Final = 5060
 OTHER_METHOD: Final = "OTHER"
 METHODS: Final = frozenset(
     {
@@ -211,6 +218,8 @@ class SipStack:
         self._merge_keys: dict[tuple[str, str, str], TransactionId] = {}  # of those in _servers, so bounded with them
         # Of reliable transports only, by the connection that they use.
         self._of_flow: dict[Flow, set[Transaction]] = {}
+        # Restored ones of these whose request may never have left.
+        self._interrupted: list[ClientTransaction] = []
         # Connections that stood in for UDP and could not be had, and until when they are not tried again.
         self._without_stream: dict[Flow, float] = {}
         self._deadlines: list[tuple[float, int, Transaction]] = []
@@ -230,14 +239,14 @@ class SipStack:
         try:
             message = parse_message(data)
             if flow.transport is not Transport.UDP:
-                _demand_length(message)
+                demand_length(message)
             if isinstance(message, Response):
                 return self._receive_response(message, flow, now)
             return self._receive_request(message, flow, now)
         except RemoteProtocolError as error:
             if error.request is None:
                 return [Discarded(flow, DiscardReason.MALFORMED, str(error))]
-            if flow.transport is not Transport.UDP and _is_cut_short(error):
+            if flow.transport is not Transport.UDP and is_cut_short(error):
                 error.status = 513
             return self._answer_malformed(error.request, error, flow)
 
@@ -287,8 +296,8 @@ class SipStack:
         return self._feed(transaction, response_event(response.status), now, response, flow)
 
     def _receive_request(self, request: Request, flow: Flow, now: float) -> list[Output]:
-        transaction_id = _server_id(request)
-        _note_source(request, flow)
+        transaction_id = server_id(request)
+        note_source(request, flow)
         if request.method == "ACK":
             return self._receive_ack(request, transaction_id, flow, now)
         transaction = self._servers.get(transaction_id)
@@ -324,7 +333,7 @@ class SipStack:
         transaction = self._servers.get(replace(transaction_id, method="INVITE"))
         if transaction is None:
             return [AckReceived(ack, flow)]
-        if not _has_cookie(ack.via) and ack.to.tag != _to_tag(transaction.last_sent):
+        if not has_cookie(ack.via) and ack.to.tag != to_tag_of(transaction.last_sent):
             return [AckReceived(ack, flow)]  # section 17.2.3: of RFC 2543, and for another response than the one sent
         return self._feed(transaction, Event.ACK, now, ack, flow)
 
@@ -334,11 +343,11 @@ class SipStack:
         transaction = self._start_server(None, transaction_id, flow, now)
         if invite is None:
             return self._answer(transaction, self._own_response(cancel, 481), now)
-        response = self._own_response(cancel, 200, _to_tag(invite.last_sent))
+        response = self._own_response(cancel, 200, to_tag_of(invite.last_sent))
         return self._answer(transaction, response, now) + self._feed(invite, Event.CANCEL, now, cancel, flow)
 
     def _answer_malformed(self, request: Request, error: RemoteProtocolError, flow: Flow) -> list[Output]:
-        _note_source(request, flow)
+        note_source(request, flow)
         response = self._own_response(request, error.status)
         if error.status == 400:
             response.reason = f"Bad Request - {error.header}: {error.message}" if error.header else response.reason
@@ -377,6 +386,11 @@ class SipStack:
         """
         return self._feed(self._servers.get(transaction), response_event(response.status), now, response)
 
+    def is_unanswered(self, transaction: TransactionId) -> bool:
+        """Whether an INVITE from a far end still waits for its final response."""
+        known = self._servers.get(transaction)
+        return known is not None and known.state is State.PROCEEDING
+
     def cancel(self, transaction: TransactionId, now: float) -> list[Output]:
         """Give up an INVITE: send CANCEL as soon as a provisional response allows it (section 9.1).
 
@@ -392,7 +406,10 @@ class SipStack:
         return tuple(transaction.save() for transaction in alive if transaction is not None)
 
     def restore(self, saved: SavedTransaction, now: float) -> None:
-        """Take up a transaction of an earlier process: it goes on where it was, timers that are overdue fire next."""
+        """Take up a transaction of an earlier process: it goes on where it was, timers that are overdue fire next.
+
+        The connections of that process are gone. A request without any answer is sent once more, as no timer would.
+        """
         transaction: ClientTransaction | ServerTransaction
         if saved.request is not None:
             transaction = ClientTransaction(
@@ -403,11 +420,18 @@ class SipStack:
         else:
             transaction = self._start_server(saved.merge_key, saved.id, saved.flow, now)
         transaction.restore(saved)
+        if isinstance(transaction, ClientTransaction) and saved.flow.transport.is_reliable:
+            self._interrupted += [transaction] if transaction.state in _UNANSWERED else []
         self._schedule(transaction)
 
     def handle_timer(self, now: float) -> list[Output]:
         """Fire what is due."""
         outputs: list[Output] = []
+        if self._interrupted:
+            interrupted, self._interrupted = self._interrupted, []
+            for restored in interrupted:
+                if restored.state in _UNANSWERED:
+                    outputs += self._perform(restored, (Action.RESEND,), now)
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, _, transaction = heapq.heappop(self._deadlines)
             if deadline == transaction.scheduled_at:
@@ -417,6 +441,8 @@ class SipStack:
 
     def next_deadline(self) -> float | None:
         """When `handle_timer` wants to be called."""
+        if self._interrupted:
+            return 0.0
         while self._deadlines:
             deadline, _, transaction = self._deadlines[0]
             current = deadline == transaction.scheduled_at
@@ -508,13 +534,13 @@ class SipStack:
                     outputs.append(Transmit(transaction.last_sent, transaction.flow, label, transaction.id))
                 case Action.SEND_ACK:
                     invite = cast("ClientTransaction", transaction).request
-                    ack = _same_hop("ACK", invite, cast("Response", message).headers.require("to"))
+                    ack = same_hop("ACK", invite, cast("Response", message).headers.require("to"))
                     transaction.last_sent = ack.encode()
                     label = _label("ACK", None)
                     outputs.append(Transmit(transaction.last_sent, transaction.flow, label, transaction.id))
                 case Action.SEND_CANCEL:
                     invite = cast("ClientTransaction", transaction).request
-                    cancel = _same_hop("CANCEL", invite, invite.headers.require("to"))
+                    cancel = same_hop("CANCEL", invite, invite.headers.require("to"))
                     cancel_id = replace(transaction.id, method="CANCEL")
                     outputs += self._start_client(cancel, cancel.encode(), cancel_id, transaction.flow, now)
                 case Action.DELIVER:
@@ -589,81 +615,9 @@ class SipStack:
         return response
 
 
-def _demand_length(message: Message) -> None:
-    """Check that a message of a stream told its length (section 18.3).
-
-    Raises:
-        RemoteProtocolError: 400, it did not.
-    """
-    if "Content-Length" not in message.headers:
-        answerable = message if isinstance(message, Request) and message.method != "ACK" else None
-        raise RemoteProtocolError(400, "streams need it", "Content-Length", answerable)
-
-
-def _is_cut_short(error: RemoteProtocolError) -> bool:
-    """Whether a message of a stream has a length that is a number and yet wrong: framing gave up on its size."""
-    if error.header != "Content-Length" or error.request is None:
-        return False
-    lengths = set(error.request.headers.get_all("Content-Length"))
-    return len(lengths) == 1 and lengths.pop().isdecimal()
-
-
 def _delivered(transaction: Transaction, message: Request | Response, flow: Flow) -> list[Output]:
     if isinstance(message, Response):
         return [ResponseReceived(transaction.id, message, flow)] if message.status != 100 else []
     if message.method == "ACK":
         return [AckReceived(message, flow)]
     return [CancelReceived(transaction.id, message, flow)]
-
-
-def _same_hop(method: str, invite: Request, to: str) -> Request:
-    """The ACK (section 17.1.1.3) or CANCEL (9.1) that follows an INVITE on its way: same Via, same Route set."""
-    fields = invite.headers
-    request = build_request(
-        method,
-        invite.uri,
-        from_=fields.require("from"),
-        to=to,
-        call_id=invite.call_id,
-        cseq=invite.cseq.number,
-    )
-    request.headers.insert("Via", fields.require("via"))
-    request.headers.set_all("Route", fields.get_all("Route"))
-    return request
-
-
-def _has_cookie(via: Via) -> bool:
-    """Whether the branch is unique as RFC 3261 demands; a bare cookie is not (RFC 4475 section 3.2.1)."""
-    branch = via.branch
-    return branch.startswith(MAGIC_COOKIE) and len(branch) > len(MAGIC_COOKIE)
-
-
-def _server_id(request: Request) -> TransactionId:
-    """The key of section 17.2.3. Without a usable branch it is made of what RFC 2543 compares, save the To tag."""
-    via = request.via
-    sent_by = f"{via.host.lower()}:{via.port or DEFAULT_PORT}"
-    if _has_cookie(via):
-        return TransactionId(via.branch, sent_by, request.method)
-    compared = (request.uri, request.from_.tag or "", request.call_id, str(request.cseq.number), str(via))
-    digest = hashlib.sha256("\n".join(compared).encode("utf-8", "surrogateescape"))
-    return TransactionId(digest.hexdigest(), sent_by, request.method)
-
-
-def _to_tag(response: bytes) -> str | None:
-    """The To tag in a response of ours. Asked for so rarely that nothing is kept for it."""
-    return parse_message(response).to.tag if response else None
-
-
-def _note_source(request: Request, flow: Flow) -> None:
-    """Write into the top Via where the request really came from (section 18.2.1, RFC 3581 section 4)."""
-    via = request.via
-    source = flow.remote
-    if via.rport is not None:
-        via = via.with_params(received=source.host, rport=str(source.port))
-    elif via.host != source.host:
-        via = via.with_params(received=source.host)
-    else:
-        return
-    lines = request.headers.get_all("Via")
-    _, *others = split_commas(lines[0])
-    request.headers.set_all("Via", [str(via), *others, *lines[1:]])

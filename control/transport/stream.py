@@ -12,6 +12,7 @@ import errno
 import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, Final
 
 import structlog
@@ -77,7 +78,7 @@ class StreamTransport:
         # From the moment on that it takes a descriptor; by address once it can be used, or will be.
         self._connections: set[Connection] = set()
         self._current: dict[Address, Connection] = {}
-        self._of_source: dict[str, set[Connection]] = {}
+        self._of_source: dict[bytes, set[Connection]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._rest: asyncio.TimerHandle | None = None
@@ -158,7 +159,7 @@ class StreamTransport:
             self._rest = self._loop.call_later(_REST_S, self.start)
 
     def _admit(self, sock: socket.socket, remote: Address) -> None:
-        of_source = len(self._of_source.get(remote.host, ()))
+        of_source = len(self._of_source.get(_source_of(remote), ()))
         if len(self._connections) >= self._limits.max_open or of_source >= self._limits.max_per_source:
             sock.close()
             self.counters.connections_refused += 1
@@ -272,15 +273,16 @@ class StreamTransport:
         connection = Connection(self, remote, self._limits, accepted=accepted)
         self._connections.add(connection)
         if accepted:
-            self._of_source.setdefault(remote.host, set()).add(connection)
+            self._of_source.setdefault(_source_of(remote), set()).add(connection)
         return connection
 
     def _forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
-        if (of_source := self._of_source.get(connection.remote.host)) is not None:
+        source = _source_of(connection.remote)
+        if (of_source := self._of_source.get(source)) is not None:
             of_source.discard(connection)
             if not of_source:
-                del self._of_source[connection.remote.host]
+                del self._of_source[source]
         if not self._connections:
             self._empty.set()
         self._retire(connection)
@@ -307,3 +309,8 @@ class StreamTransport:
                     self._empty.clear()
                     await self._empty.wait()
         return not self._connections
+
+
+def _source_of(remote: Address) -> bytes:
+    """Who counts as one source: an IPv4 address, or the IPv6 network of one link (RFC 4291 section 2.5.4)."""
+    return ip_address(remote.host).packed[:8]

@@ -83,6 +83,7 @@ class TlsContexts:
     def _with_certificate(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION  # costs us more than who asks for it
         certificate, key = self._settings.certificate_path, self._settings.private_key_path
         try:
             context.load_cert_chain(certificate, key, password=_no_passphrase)

@@ -14,7 +14,7 @@ import trustme
 
 from control.settings.sections import ConnectionSettings, ListenerTlsSettings, TrunkTlsSettings
 from control.sip.address import Address, Flow, Transport
-from control.transport.stream import StreamTransport
+from control.transport.stream import StreamTransport, _source_of
 from control.transport.tls import TlsContexts
 from sippbx.runtime.sockets import TcpListener, bind_tcp
 from tests.harness.messages import request_bytes, sdp
@@ -271,6 +271,14 @@ async def test_connections_beyond_the_limit_of_their_source_are_closed_and_other
             writer.write(BYE)
             await node.message()
         assert node.transport.counters.connections_refused == 1
+
+
+def test_a_source_is_an_ipv4_address_or_an_ipv6_network() -> None:
+    hosts = ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::ffff:2", "2001:db8:0:1::1"]
+    one, two, three, four, five = (_source_of(Address(host, 5060)) for host in hosts)
+    assert one != two
+    assert three == four
+    assert three != five
 
 
 async def test_connections_beyond_the_limit_of_all_are_closed_and_ours_are_not_made() -> None:

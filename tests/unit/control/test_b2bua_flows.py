@@ -1,5 +1,6 @@
 """Calls whose connections are lost: where the peer is sought, and where it is found when it comes back."""
 
+from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
@@ -38,6 +39,11 @@ LISTENING, BEHIND_NAT = "<sip:1001@192.0.2.10:5062;transport=tcp>", "<sip:1001@1
 )
 def test_a_peer_listens_at_its_contact_only_where_that_shows_its_own_host(contact: str, port: int) -> None:
     assert listening_flow(FIRST, Uri.parse(contact)) == connection(port)
+
+
+def test_the_default_port_is_that_of_the_transport() -> None:
+    secure = replace(FIRST, transport=Transport.TLS)
+    assert listening_flow(secure, Uri.parse("sip:a@192.0.2.10")).remote.port == 5061
 
 
 def test_numeric_hosts_are_compared_by_value() -> None:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.sip.errors import RemoteProtocolError
 from control.sip.framing import MAX_HEAD_BYTES, Framer, KeepAlive
-from control.sip.message import MAX_MESSAGE_BYTES
+from control.sip.message import MAX_MESSAGE_BYTES, parse_message
 from tests.harness.messages import request_bytes, sdp
 
 INVITE = request_bytes("INVITE", body=sdp())
@@ -135,3 +136,21 @@ def test_two_line_breaks_between_messages_are_a_ping_and_one_is_nothing(chunks: 
     assert found.count(KeepAlive.PING) == pings
     assert [each for each in found if each != KeepAlive.PING] == [BYE] * b"".join([BYE, *chunks]).count(BYE)
     assert not framer.started
+
+
+@given(
+    st.lists(st.one_of(st.binary(max_size=200), st.sampled_from([INVITE, BYE, b"\r\n", b"l: 5\r\n\r\n"])), max_size=20)
+)
+def test_arbitrary_octets_raise_nothing_and_what_comes_out_has_the_length_that_the_parser_finds(
+    chunks: list[bytes],
+) -> None:
+    framer, found = fed(*chunks)
+    messages = [frame for frame in found if isinstance(frame, bytes)]
+    assert sum(map(len, messages)) + len(framer._buffer) <= sum(map(len, chunks))
+    for data in messages[:-1] if framer.broken else messages:
+        try:
+            message = parse_message(data)
+        except RemoteProtocolError:
+            continue
+        assert data.endswith(message.body)
+        assert len(message.body) == int(message.headers.get("Content-Length") or -1)

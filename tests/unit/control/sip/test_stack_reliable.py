@@ -233,18 +233,40 @@ def test_a_lost_connection_touches_no_transaction_over_udp() -> None:
     assert not stack._of_flow
 
 
-def test_restored_transactions_are_over_connections_as_before() -> None:
+def test_a_restored_request_without_any_answer_is_sent_once_more_as_it_may_never_have_left() -> None:
     stack, successor = make_stack(), make_stack()
     event = invited(stack)
-    started(stack, "OPTIONS")
+    request = started(stack, "OPTIONS")
     for saved in stack.save([event.transaction, client_id("b1", "OPTIONS")]):
         successor.restore(saved, NOW)
+    again = sent(successor.handle_timer(NOW))
+    assert (again.data, again.flow, again.label.retransmission) == (request, CONNECTION, True)
+    assert successor.handle_timer(NOW) == []
     assert successor.next_deadline() == NOW + 64 * TIMERS.t1
     (failed,) = successor.flow_failed(CONNECTION, NOW)
     assert isinstance(failed, TransactionFailed)
     assert sent(successor.respond(event.transaction, response_to(event.request, 486), NOW)).flow == LISTENING
     run_out(successor)
     assert_nothing_left(successor)
+
+
+def test_a_restored_request_is_not_sent_again_once_it_has_an_answer() -> None:
+    stack, successor = make_stack(), make_stack()
+    first, second = started(stack, "OPTIONS"), started(stack, "OPTIONS", branch="b2")
+    reply(stack, first, 100)
+    for saved in stack.save([client_id("b1", "OPTIONS"), client_id("b2", "OPTIONS")]):
+        successor.restore(saved, NOW)
+    reply(successor, second, 200, OTHER)
+    assert successor.handle_timer(NOW) == []
+
+
+@pytest.mark.parametrize(("via", "port"), [("TLS 192.0.2.10", 5061), ("TCP 192.0.2.10", 5060)])
+def test_without_a_port_in_via_responses_go_to_the_default_port_of_the_transport(via: str, port: int) -> None:
+    stack = make_stack()
+    event = invited(stack, via=f"SIP/2.0/{via};branch=z9hG4bK-1")
+    stack.flow_failed(CONNECTION, NOW)
+    response = sent(stack.respond(event.transaction, response_to(event.request, 486), NOW))
+    assert response.flow.remote == Address(PEER.host, port)
 
 
 # ------------------------------------------------------------------------------------------------------- large requests
