@@ -308,8 +308,12 @@ class B2bua:
 
     def _perform_stack(self, outputs: Iterable[StackOutput], now: float) -> None:
         acks: list[tuple[CallId | None, Transmit]] = []
+        trying: Transmit | None = None
         for output in outputs:
             match output:
+                case Transmit(label=MessageLabel(status=100, retransmission=False)) if self._leaving is None:
+                    # The far end repeats itself no more once it has it, so it waits for what is made of the request.
+                    trying = output
                 case Transmit(label=MessageLabel(method="ACK", retransmission=False)) if self._leaving is None:
                     # Of a refusal: it must not come again, so it waits for what its call makes of it.
                     acks.append((self._call_of(output.transaction), output))
@@ -320,6 +324,7 @@ class B2bua:
                         self._keeper.departures.send(self._call_of(output.transaction), output)
                 case RequestReceived():
                     self._guard(output, now)
+                    self._promise(trying, output)
                 case ResponseReceived():
                     key = (output.response.call_id, output.response.from_.tag or "")
                     if output.response.status >= 200:
@@ -339,6 +344,17 @@ class B2bua:
                     assert_never(output)
         for call_id, ack in acks:
             self._keeper.departures.send(call_id, ack)
+
+    def _promise(self, trying: Transmit | None, event: RequestReceived) -> None:
+        """Sends the 100 of an INVITE that has no final response yet, once its call is on the disk."""
+        if trying is None or not self._stack.is_unanswered(event.transaction):
+            return
+        dialog = event.request.call_id, event.request.to.tag or ""
+        entry = self._transactions.get(event.transaction) or self._legs.get(dialog)
+        if entry is None:
+            self._keeper.departures.send(None, trying)
+        else:
+            self._keeper.promise(entry[0], trying)
 
     def _guard(self, event: RequestReceived, now: float) -> None:
         """Dispatches a request; whatever is wrong with it is answered, and a bug of ours costs this request alone."""

@@ -38,6 +38,10 @@ class Departures:
         """Calls that wait."""
         return len(self._queues)
 
+    def waits(self, call_id: CallId) -> bool:
+        """Whether what a call sends now has to wait."""
+        return call_id in self._queues
+
     def send(self, call_id: CallId | None, message: Transmit) -> None:
         """Send a message behind what the call has waiting; at once when it has nothing."""
         queue = self._queues.get(call_id) if call_id is not None else None

@@ -14,6 +14,7 @@ from control.pbx.call import Call
 from control.pbx.records import CallId, CallRecord, CallState
 from control.sip.snapshot import Plain
 from control.sip.stack import MessageLabel, Transmit
+from control.sip.transaction import TransactionId
 
 # How long a change that nobody relies on may wait for others before it is saved.
 FLUSH_S: Final = 0.05
@@ -73,20 +74,31 @@ class CallKeeper:
         # Calls that have a row, and those whose state has changed since without anybody relying on it.
         self._rows: set[CallId] = set()
         self._dirty: dict[CallId, Call] = {}
+        # What leaves with the state that is saved next.
+        self._promises: dict[CallId, Transmit] = {}
         self._flush: asyncio.TimerHandle | None = None
 
     def depart(self, call: Call, leaving: list[Transmit]) -> None:
         """Send what a step of a call gave, behind its state when a far end may rely on it."""
+        promise = self._promises.get(call.call_id)
+        if promise is not None and any(_is_final(message, promise.transaction) for message in leaving):
+            del self._promises[call.call_id]
         if self._journal is not None and self._is_kept(call):
             if any(_is_relied_on(message.label) for message in leaving):
                 self._dirty.pop(call.call_id, None)
-                self._save(self._journal, call, self.departures.barrier(call.call_id))
+                self._save_before_leaving(self._journal, call)
             else:
-                self._dirty[call.call_id] = call
-                if self._flush is None:
-                    self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.save_changes)
+                self._save_soon(call)
         for message in leaving:
             self.departures.send(call.call_id, message)
+
+    def promise(self, call: Call, trying: Transmit) -> None:
+        """Send a provisional response that nobody waits for, but that ends repetitions: behind the next saved state."""
+        if self._journal is None or not self._is_kept(call) or self.departures.waits(call.call_id):
+            self.departures.send(call.call_id, trying)
+        else:
+            self._promises[call.call_id] = trying
+            self._save_soon(call)
 
     def save_changes(self) -> None:
         """Save what has changed and nobody relies on."""
@@ -94,7 +106,9 @@ class CallKeeper:
         dirty, self._dirty = self._dirty, {}
         for call in dirty.values():
             with self._border(call):
-                if self._journal is not None:
+                if self._journal is not None and call.call_id in self._promises:
+                    self._save_before_leaving(self._journal, call)
+                elif self._journal is not None:
                     self._save(self._journal, call, _nothing)
 
     def taken_up(self, call_id: CallId) -> None:
@@ -120,6 +134,7 @@ class CallKeeper:
     def forget(self, call_id: CallId) -> None:
         """Nothing can come of a call any more."""
         self._dirty.pop(call_id, None)
+        self._promises.pop(call_id, None)
         if call_id in self._rows and self._journal is not None:
             self._rows.discard(call_id)
             self._journal.forget(call_id)
@@ -134,6 +149,17 @@ class CallKeeper:
     def _is_kept(self, call: Call) -> bool:
         """An ended call is kept as long as something is left to be done of what was kept."""
         return call.state is not CallState.ENDED or (call.call_id in self._rows and not call.done)
+
+    def _save_soon(self, call: Call) -> None:
+        self._dirty[call.call_id] = call
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.save_changes)
+
+    def _save_before_leaving(self, journal: JournalPort, call: Call) -> None:
+        """Save the state that what leaves from here on relies on, a promise first."""
+        self._save(journal, call, self.departures.barrier(call.call_id))
+        if (promise := self._promises.pop(call.call_id, None)) is not None:
+            self.departures.send(call.call_id, promise)
 
     def _save(self, journal: JournalPort, call: Call, lift: Callable[[], None]) -> None:
         self._rows.add(call.call_id)
@@ -158,6 +184,10 @@ def _is_relied_on(label: MessageLabel) -> bool:
     if label.status is None:
         return label.method not in ("CANCEL", "OPTIONS")
     return label.status >= 200 and label.method in ("INVITE", "UPDATE", "PRACK", "BYE")
+
+
+def _is_final(message: Transmit, transaction: TransactionId | None) -> bool:
+    return message.transaction == transaction and (message.label.status or 0) >= 200
 
 
 def _nothing() -> None:

@@ -256,7 +256,7 @@ async def test_trunk_over_the_rate_is_refused_with_a_record() -> None:
 async def test_call_is_refused_before_anyone_rings_while_the_data_plane_is_away(rig: Rig) -> None:
     rig.data_plane.trouble = MediaFailure.UNAVAILABLE
     data = request_bytes(uri="sip:9123@198.51.100.1", body=sdp())
-    assert statuses(rig.receive(data, TRUNK)) == [100, 503]
+    assert statuses(rig.receive(data, TRUNK)) == [503]
     assert rig.data_plane.wishes == []
 
 

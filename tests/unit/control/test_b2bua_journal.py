@@ -346,10 +346,16 @@ class Talk:
         )
 
 
-def ringing(process: Process) -> Request:
-    assert summary(process.receive(invite_bytes(), CALLER)) == ["100"]
-    (invite,) = process.answer_media()
+def invited(process: Process) -> Request:
+    assert process.receive(invite_bytes(), CALLER) == []
+    trying, invite = process.answer_media()
+    assert summary([trying]) == ["100"]
     assert isinstance(invite, Request)
+    return invite
+
+
+def ringing(process: Process) -> Request:
+    invite = invited(process)
     assert summary(process.receive(response_to(invite, 180, headers=(CONTACT,)).encode(), CALLEE)) == ["180"]
     return invite
 
@@ -419,9 +425,7 @@ async def test_bye_and_its_answer_leave_once_the_end_is_on_the_disk(disk: Disk, 
 
 
 async def test_ringing_waits_for_no_disk(disk: Disk, process: Process) -> None:
-    process.receive(invite_bytes(), CALLER)
-    (invite,) = process.answer_media()
-    assert isinstance(invite, Request)
+    invite = invited(process)
     disk.prompt = False
     assert summary(process.receive(response_to(invite, 180, headers=(CONTACT,)).encode(), CALLEE)) == ["180"]
 
@@ -432,9 +436,34 @@ async def test_repetitions_wait_behind_what_they_repeat(disk: Disk, process: Pro
     process.answer_media()
     process.now += 0.6
     process.b2bua._ring(process.now)
-    assert summary([message for message, _ in process.sent]) == ["100"]
+    assert process.sent == []
     disk.commit()
     assert summary([message for message, _ in process.sent]) == ["100", "INVITE", "INVITE"]
+
+
+async def test_nobody_stops_repeating_an_invite_that_is_not_on_the_disk(disk: Disk, process: Process) -> None:
+    disk.prompt = False
+    assert process.receive(invite_bytes(), CALLER) == []
+    process.save_what_is_dirty()
+    assert process.sent == []
+    disk.commit()
+    assert summary([message for message, _ in process.sent]) == ["100"]
+
+
+async def test_nobody_stops_repeating_a_reinvite_that_is_not_on_the_disk(disk: Disk, process: Process) -> None:
+    talk = talking(process)
+    disk.prompt = False
+    changed = sdp(CALLER).replace(b"s=-", b"s=other")
+    assert process.receive(in_dialog("INVITE", 2, talk.to, body=changed), CALLER) == []
+    before = len(process.sent)
+    disk.commit()
+    assert summary([message for message, _ in process.sent[before:]]) == ["INVITE", "100"]
+
+
+async def test_what_is_answered_at_once_is_not_promised_an_answer(process: Process) -> None:
+    talk = talking(process)
+    answers = process.receive(in_dialog("INVITE", 2, talk.to, body=sdp(CALLER)), CALLER)
+    assert summary(answers) == ["200"]
 
 
 async def test_the_answer_to_a_request_that_comes_twice_waits_for_the_disk_both_times(
@@ -540,7 +569,7 @@ async def test_the_callee_hangs_up_after_a_kill(disk: Disk, process: Process) ->
 async def test_a_reinvite_after_a_kill_goes_through(process: Process) -> None:
     talk = talking(process)
     after = process.killed()
-    _, forwarded = after.receive(in_dialog("INVITE", 2, talk.to, body=sdp(CALLER, version=2)), CALLER)
+    (forwarded,) = after.receive(in_dialog("INVITE", 2, talk.to, body=sdp(CALLER, version=2)), CALLER)
     assert isinstance(forwarded, Request)
     assert forwarded.method == "INVITE"
     answer = response_to(forwarded, 200, headers=(CONTACT,), body=sdp(CALLEE, version=2))
@@ -574,7 +603,7 @@ async def test_an_answer_that_comes_again_after_a_kill_is_acknowledged_again(pro
 
 async def test_a_kill_during_a_reinvite_takes_it_up_where_it_was(process: Process) -> None:
     talk = talking(process)
-    _, forwarded = process.receive(in_dialog("INVITE", 2, talk.to, body=sdp(CALLER, version=2)), CALLER)
+    (forwarded,) = process.receive(in_dialog("INVITE", 2, talk.to, body=sdp(CALLER, version=2)), CALLER)
     assert isinstance(forwarded, Request)
     after = process.killed()
     answer = response_to(forwarded, 200, headers=(CONTACT,), body=sdp(CALLEE, version=2))
@@ -626,9 +655,7 @@ async def test_a_call_whose_ports_had_not_come_yet_is_ended(disk: Disk, process:
 
 
 async def test_a_call_whose_invite_had_no_answer_yet_is_ended_once_it_can_be(disk: Disk, process: Process) -> None:
-    process.receive(invite_bytes(), CALLER)
-    (invite,) = process.answer_media()
-    assert isinstance(invite, Request)
+    invite = invited(process)
     after = process.killed()
     assert summary([message for message, _ in after.sent]) == ["503"]
     assert summary(after.receive(response_to(invite, 180, headers=(CONTACT,)).encode(), CALLEE)) == ["CANCEL"]
