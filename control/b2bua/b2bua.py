@@ -444,11 +444,15 @@ class B2bua:
             self._perform(call, (), now)
 
     def _follow(self, old: Binding, flow: Flow, now: float) -> None:
-        """Goes on with the calls of a phone where it has registered again: its former connection is gone or will be."""
+        """Goes on with the calls of a phone where it has registered again: its former connection is gone or will be.
+
+        Only with its own user's: behind one NAT anybody can name the port of somebody else in a Contact.
+        """
         places = {old.flow, listening_flow(old.flow, old.contact)}
         for call in list(self._calls.values()):
-            for session in call.legs.values():
-                if session.symmetric and session.flow in places:
+            users = {LegName.CALLER: call.parties.caller_user, LegName.CALLEE: call.parties.callee_user}
+            for leg, session in call.legs.items():
+                if users[leg] == old.aor and session.flow in places:
                     self._redirect(call, session, flow, now)
 
     # ---- registration and authentication ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from ipaddress import ip_network
 import pytest
 
 from control.b2bua.flows import listening_flow
+from control.pbx.registrar import Binding
 from control.pbx.trunks import Trunk, Trunks
 from control.sip.address import Address, Flow, Transport
 from control.sip.headers import Uri
@@ -162,6 +163,15 @@ async def test_a_phone_whose_contact_changes_with_its_connection_is_known_by_its
 async def test_another_phone_of_the_user_takes_over_nothing(rig: Rig) -> None:
     talk = Talk(rig, LISTENING)
     talk.register(SECOND, 2, contact="<sip:1001@192.0.2.10:5099;transport=tcp>")
+    _, flow = talk.hung_up_by_the_trunk()
+    assert flow == FIRST
+
+
+async def test_nobody_takes_over_the_calls_of_another_user_by_naming_his_port_in_a_contact(rig: Rig) -> None:
+    talk = Talk(rig, LISTENING)
+    theirs = Binding("1002", Uri.parse("sip:1002@192.0.2.10:40001"), connection(40009), "x", 1, rig.now + 60)
+    assert listening_flow(theirs.flow, theirs.contact) == FIRST
+    rig.b2bua._follow(theirs, SECOND, rig.now)
     _, flow = talk.hung_up_by_the_trunk()
     assert flow == FIRST
 
