@@ -26,10 +26,10 @@ from bench.sipmessage import HostPort
 from tests.harness.kill_phones import Delay, Phone
 from tests.harness.kill_plans import Manner, Moment, Plan
 from tests.harness.kill_verdicts import Evidence, Judge, Result
-from tests.harness.pair import Pair
+from tests.harness.pair import NETWORK, Pair
 
-EAST: Final[HostPort] = ("127.0.0.81", 26800)
-WEST: Final[HostPort] = ("127.0.0.82", 26800)
+EAST: Final[HostPort] = (f"{NETWORK}.81", 26800)
+WEST: Final[HostPort] = (f"{NETWORK}.82", 26800)
 RTP_PORTS: Final = range(26810, 27090, 2)
 SETTINGS: Final[dict[str, Any]] = {
     "control": {
