@@ -126,7 +126,7 @@ async def test_fifty_rounds_of_a_hundred_calls_with_kills_of_every_kind(tmp_path
         striker = Striker(pair)
         for number, plan in enumerate(soak_plans(random.Random(seed)), 1):
             result = await Round(striker, plan).run()
-            print(f"{number:>3} {result}", flush=True)
+            print(f"{number:>3} {result}", *result.wrong[:10], sep="\n      ", flush=True)
             wrong += [f"{number} ({plan}): {what}" for what in result.wrong]
     print(f"{time.monotonic() - started_at:.0f} s in all")
     assert not wrong, "\n".join(wrong)

@@ -19,6 +19,7 @@ from bench.sipmessage import HostPort, Message, audio_sdp, host_of
 PATIENCE_S = 60.0
 """How long a request may go without its final response; far more than a PBX's absence."""
 RING_S = 0.05
+MAX_TRIES, TRY_AGAIN_S = 5, 1.0
 _SDP = "Content-Type: application/sdp\r\n"
 
 
@@ -36,8 +37,9 @@ class Delay(Enum):
 class Side:
     """A call as one far end sees it.
 
-    `status` is the final response to its INVITE, 0 before one came or went; `asked` counts the re-INVITEs that this end
-    sent, `changes` and `byes` are the CSeq numbers of the INVITEs or UPDATEs, and the BYEs, that came in the dialog.
+    `status` is the final response to its INVITE, 0 before one came or went; `asked` counts the re-INVITEs of this end
+    that were accepted, `changes` and `byes` are the CSeq numbers of the INVITEs or UPDATEs, and the BYEs, that came in
+    the dialog.
     """
 
     name: str
@@ -114,14 +116,23 @@ class Phone(Endpoint):
         return side
 
     async def change(self, side: Side) -> int:
-        """Offer the session again in a re-INVITE; returns the final status, 0 when none comes."""
-        side.cseq += 1
-        side.asked += 1
-        side.version += 1
-        final = await self._invite(side, side.uri, side.dialog)
+        """Offer the session again in a re-INVITE; returns the final status, 0 when none comes.
+
+        Who is told that something else is under way, as may be after a kill before an ACK has come again, tries again
+        (RFC 3261 sections 14.1 and 14.2).
+        """
+        final: Message | None = None
+        for _ in range(MAX_TRIES):
+            side.cseq += 1
+            side.version += 1
+            final = await self._invite(side, side.uri, side.dialog)
+            if final is None or final.status not in {491, 500}:
+                break
+            await asyncio.sleep(TRY_AGAIN_S)
         if final is None:
             return 0
         if final.status == 200:
+            side.asked += 1
             self._acknowledge(side, side.cseq)
         return final.status
 

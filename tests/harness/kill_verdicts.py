@@ -153,8 +153,8 @@ class Judge:
         pair = self._evidence.streams[number]
         streams = [stream for stream in self._evidence.report.streams if stream.pair == pair]
         interrupted = self._plan.kills_dataplane and self._plan.manner is not Manner.STOP
-        if interrupted and not record["media_complete"] and self._plan.moment in SHORT:
-            return  # it began after the last note of its figures, and ended while there was no data plane
+        if not record["media_complete"] and self._plan.moment in SHORT and self._may_lose_statistics():
+            return
         if not record["media_complete"] or len(counted) != len(streams):
             self._wrong(number, f"statistics: {record['streams']}")
         elif not interrupted:
@@ -164,6 +164,13 @@ class Judge:
                 self._wrong(number, f"{record['media_interruptions']} interruptions told")
         elif self._plan.moment not in SHORT:
             self._judge_interruption(number, record, counted, streams)
+
+    def _may_lose_statistics(self) -> bool:
+        """A call may begin after its figures were last noted, and end while there is no data plane.
+
+        A plane that was stopped may find the time over in which it would have had them.
+        """
+        return self._plan.kills_dataplane or self._plan.manner is Manner.STOP
 
     def _judge_interruption(
         self, number: int, record: dict[str, Any], counted: Sequence[int], streams: Sequence[StreamReport]
