@@ -34,6 +34,7 @@ class Transports:
         unusable: Callable[[], None],
     ) -> None:
         """Raises TlsError when a certificate cannot be used; the sockets are the caller's then."""
+        self._kinds = {listener.name: listener.transport for listener in listeners}
         self._hangup = hangup
         self._unusable = unusable
         self._watching: asyncio.Task[None] | None = None
@@ -90,7 +91,7 @@ class Transports:
 
     def addresses(self) -> list[str]:
         """What is listened on, for people."""
-        return [str(transport.local) for transport in self._all.values()]
+        return [f"{self._kinds[name]} {transport.local}" for name, transport in self._all.items()]
 
     def counters(self) -> Mapping[str, int]:
         """What went through all of them, by event."""
