@@ -239,7 +239,10 @@ class MediaLedger:
             self._queue(Purpose.DISCARD, session_id, None, now)
         for session_id, session in self._sessions.items():
             there = held.get(session_id)
-            session.is_restoring = False
+            was_restoring, session.is_restoring = session.is_restoring, False
+            if was_restoring and there is not None:
+                # It was made again, and the connection broke before the answer came.
+                session.returned(now)
             if session.phase is Phase.CLOSING and (there is not None or same_instance):
                 session.relays()
             elif session.phase is not Phase.STANDING:

@@ -390,6 +390,20 @@ def test_the_time_without_a_relay_is_summed_up_from_cut_to_restored() -> None:
     assert settle_all(ledger) == [MediaClosed("s1", (), 2, 1.5)]
 
 
+def test_a_session_that_was_made_again_without_its_answer_coming_through_was_interrupted_all_the_same() -> None:
+    ledger = ledger_with("s1")
+    ledger.disconnected(now=10.0)
+    ledger.connected({}, same_instance=False, now=12.0)
+    (restore,) = ledger.take(10)
+    assert restore.purpose is Purpose.RESTORE
+    ledger.disconnected(now=13.0)
+    ledger.connected(held(media_spec("s1")), same_instance=True, now=13.5)
+    ledger.close("s1", now=20.0)
+    (closed,) = settle_all(ledger, now=20.0)
+    assert isinstance(closed, MediaClosed)
+    assert (closed.interruptions, closed.gap_s) == (1, 3.5)
+
+
 def test_a_session_closed_while_it_has_no_relay_was_interrupted_until_then() -> None:
     ledger = ledger_with("s1")
     ledger.disconnected(1.0)
