@@ -64,6 +64,8 @@ class SkewedPair(Pair):
             for section in LATER_SECTIONS:
                 settings.pop(section, None)
             settings["cdr"]["sqlite_path"] = str(self.store_path)
+            sip = settings["sip"]
+            sip["listeners"] = [each for each in sip["listeners"] if each.get("transport", "udp") == "udp"]
 
     def start(self, plane: str) -> None:
         """Start the supervisor of a plane, from the sources that it is to be of."""
