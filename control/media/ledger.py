@@ -113,11 +113,6 @@ class MediaLedger:
         """Sessions that stand or are being made."""
         return sum(session.is_wanted for session in self._sessions.values())
 
-    @property
-    def unsent(self) -> int:
-        """Commands that wait to be taken."""
-        return len(self._unsent)
-
     def standing(self) -> set[str]:
         """The sessions that the data plane has confirmed, or is to have again, and that nobody has asked to close."""
         return {session_id for session_id, session in self._sessions.items() if session.phase is Phase.STANDING}
