@@ -395,7 +395,8 @@ class MediaClient:
         """Ask how much room there is, which also tells a data plane that hangs from one that has nothing to do."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._suspect.wait(), _PROBE_INTERVAL_S)
+                async with asyncio.timeout(_PROBE_INTERVAL_S):
+                    await self._suspect.wait()
                 raise _ConnectionLostError("the data plane did not answer a command in time")
             answer = await stub.GetNode(media_service_pb2.GetNodeRequest(), timeout=_RPC_TIMEOUT_S)
             if answer.node.instance_id != self._instance_id:

@@ -109,7 +109,8 @@ async def keep_current(
     told: dict[str, str] = {}
     while True:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hangup.wait(), interval_s)
+            async with asyncio.timeout(interval_s):  # wait_for would swallow a cancellation that comes with the signal
+                await hangup.wait()
         asked = hangup.is_set()
         hangup.clear()
         for each in contexts:
